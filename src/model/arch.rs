@@ -1,0 +1,1 @@
+//! THE table of architectures: the only file in which their names occur.

@@ -1,0 +1,1 @@
+//! Results on disk: one format per file, written to a temporary name and renamed.

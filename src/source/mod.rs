@@ -1,0 +1,1 @@
+//! Files → texts → token ids → ragged passes.

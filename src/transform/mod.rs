@@ -1,0 +1,1 @@
+//! Power and normalisation: pure functions on result arrays.

@@ -1,0 +1,1 @@
+//! Checkpoint folder → views over memory-mapped safetensors shards.
