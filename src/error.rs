@@ -5,7 +5,7 @@
 //! ```text
 //! error: config.json names an unknown architecture
 //!   where:    models/foo/config.json
-//!   expected: one of llama, mistral, qwen2
+//!   expected: one of the rows of src/model/arch.rs
 //!   found:    "mamba"
 //!
 //! hint: gradlens reads decoder models with a gated MLP

@@ -25,7 +25,15 @@
 
 pub mod error;
 pub mod model;
-pub mod output;
+
+pub mod backend;
 pub mod source;
-pub mod transform;
 pub mod weights;
+
+pub mod stats;
+
+pub mod engine;
+
+pub mod transform;
+
+pub mod output;

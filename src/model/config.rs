@@ -1,4 +1,29 @@
 //! `config.json` → [`Config`]: every value the maths needs, under one name whatever the file's generation.
+//!
+//! A file either means exactly what the program will compute, or it is refused: a key that would change the
+//! maths is never ignored. Absent keys take the defaults of the architecture's row (see [`arch`]).
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::arch::{self, Architecture, Bias};
+use crate::error::{Context, Error, Result};
+use keys::{Keys, shown};
+
+mod keys;
+mod refused;
+mod rope;
+mod windows;
+
+/// Largest D, I, V, H, K or Hd that is taken seriously; L·(products of them) then stays far inside 128 bits.
+const MAX_SIZE: usize = 1 << 24;
+/// Largest L.
+const MAX_LAYERS: usize = 1 << 14;
+/// Largest number of tokens in a window or a context.
+const MAX_TOKENS: usize = 1 << 31;
+/// Largest number of weights: ten times the largest model published.
+const MAX_PARAMETERS: u128 = 1 << 44;
 
 /// The nonlinearity of the gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +69,8 @@ pub enum RopeScaling {
 pub struct Config {
     /// The architecture's row name (`model_type` of the file).
     pub model_type: String,
+    /// Names of the tensors in a checkpoint.
+    pub names: &'static arch::Names,
     /// D.
     pub hidden_size: usize,
     /// I.
@@ -62,7 +89,7 @@ pub struct Config {
     pub rms_norm_eps: f64,
     /// Rotary embeddings.
     pub rope: Rope,
-    /// Per layer: `Some(w)` lets position i attend to j with i − w < j ≤ i; `None` to every j ≤ i. [L]
+    /// Per layer: `Some(w)` lets position i attend to j with i − w < j ≤ i; `None` to every j ≤ i. `[L]`
     pub windows: Vec<Option<usize>>,
     /// q, k and v projections have a bias.
     pub qkv_bias: bool,
@@ -72,8 +99,192 @@ pub struct Config {
     pub mlp_bias: bool,
     /// The output head is the embedding table.
     pub tie_word_embeddings: bool,
-    /// Longest sample the model was made for, in tokens, if the file says.
-    pub max_position_embeddings: Option<usize>,
+    /// Longest sample the model was made for, in tokens; the architecture's default if the file does not say.
+    pub max_position_embeddings: usize,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
+}
+
+impl Config {
+    /// Reads the text of a `config.json`; `place` is the file named in errors.
+    ///
+    /// Both generations are read: `rope_theta` + `rope_scaling` as found on the hub, and `rope_parameters` as
+    /// written by transformers 5.
+    ///
+    /// # Errors
+    /// Not JSON; an unknown architecture; a missing, impossible or contradictory value; a key that asks for
+    /// something the program does not compute.
+    pub fn from_json(text: &str, place: &Path) -> Result<Self> {
+        let json: Value = serde_json::from_str(text).context_path("config.json is not JSON", place)?;
+        let Value::Object(map) = &json else {
+            return Err(Error::new("config.json is not a model configuration")
+                .at_path(place)
+                .expected("a JSON object")
+                .found(shown(&json)));
+        };
+        let keys = Keys::new(map, place);
+        let row = find_row(keys)?;
+        refused::check(keys)?;
+
+        let hidden_size = keys.size("hidden_size", MAX_SIZE)?;
+        let intermediate_size = keys.size("intermediate_size", MAX_SIZE)?;
+        let num_layers = keys.size("num_hidden_layers", MAX_LAYERS)?;
+        let num_heads = keys.size("num_attention_heads", MAX_SIZE)?;
+        let vocab_size = keys.size("vocab_size", MAX_SIZE)?;
+        let max_position_embeddings = keys
+            .count("max_position_embeddings", MAX_TOKENS)?
+            .unwrap_or(row.defaults.max_position_embeddings);
+
+        let config = Self {
+            model_type: row.model_type.to_owned(),
+            names: &row.names,
+            hidden_size,
+            intermediate_size,
+            num_layers,
+            num_heads,
+            num_kv_heads: read_kv_heads(keys, row, num_heads)?,
+            head_dim: read_head_dim(keys, hidden_size, num_heads)?,
+            vocab_size,
+            rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(row.defaults.rms_norm_eps),
+            rope: rope::read(keys, row.defaults.rope_theta, max_position_embeddings)?,
+            windows: windows::read(keys, row, num_layers)?,
+            qkv_bias: read_bias(keys, row.biases.qkv, "attention_bias")?,
+            out_bias: read_bias(keys, row.biases.out, "attention_out_bias")?,
+            mlp_bias: read_bias(keys, row.biases.mlp, "mlp_bias")?,
+            tie_word_embeddings: keys
+                .flag("tie_word_embeddings")?
+                .unwrap_or(row.defaults.tie_word_embeddings),
+            max_position_embeddings,
+            activation: read_activation(keys, row)?,
+        };
+        config.check_total(place)?;
+        Ok(config)
+    }
+
+    /// Refuses sizes that are possible one by one and absurd together, before anyone multiplies them.
+    fn check_total(&self, place: &Path) -> Result<()> {
+        let [d, i, v, l, h, k, hd] = [
+            self.hidden_size,
+            self.intermediate_size,
+            self.vocab_size,
+            self.num_layers,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+        ]
+        .map(|size| size as u128);
+        // q and o, k and v, then gate, up and down; embedding and head. At most 2^14·2^75 weights.
+        let total = l * (2 * d * h * hd + 2 * d * k * hd + 3 * d * i) + 2 * v * d;
+        if total > MAX_PARAMETERS {
+            return Err(Error::new("config.json describes an impossibly large model")
+                .at_path(place)
+                .expected(format_args!("at most {MAX_PARAMETERS} weights"))
+                .found(format_args!("{total} weights")));
+        }
+        Ok(())
+    }
+}
+
+/// The row of the file's architecture.
+fn find_row(keys: Keys<'_>) -> Result<&'static Architecture> {
+    // A wrapper's own sizes are elsewhere: say so before complaining about its type or about missing keys.
+    for key in ["text_config", "llm_config", "language_config", "vision_config", "audio_config"] {
+        if keys.has(key) {
+            return Err(keys
+                .error("config.json describes a model of several modalities, which is not supported", key)
+                .expected(format_args!("a text model: {}", arch::known()))
+                .found(keys.get("model_type").map_or("no model_type".to_owned(), shown))
+                .hint("use a text-only model of the same family"));
+        }
+    }
+    let expected = format!("one of {}", arch::known());
+    let Some(model_type) = keys.text("model_type")? else {
+        return Err(keys.missing("model_type", &expected));
+    };
+    let Some(row) = arch::find(model_type) else {
+        return Err(keys
+            .error("config.json names an unknown architecture", "model_type")
+            .expected(expected)
+            .found(format_args!("{model_type:?}"))
+            .hint("gradlens reads decoder models with a gated MLP; a model of the same form can be a new row of src/model/arch.rs"));
+    };
+    let classes = keys.texts("architectures")?.unwrap_or_default();
+    if !classes.is_empty() && !classes.iter().any(|class| row.classes.contains(class)) {
+        return Err(keys
+            .error(
+                "config.json names a model class without a language-model head, or an unknown one",
+                "architectures",
+            )
+            .expected(row.classes.join(" or "))
+            .found(classes.join(", "))
+            .hint("the loss needs a causal language model"));
+    }
+    Ok(row)
+}
+
+/// K: absent is the row's default, null is H.
+fn read_kv_heads(keys: Keys<'_>, row: &Architecture, num_heads: usize) -> Result<usize> {
+    let key = "num_key_value_heads";
+    let (num_kv_heads, origin) = match (keys.get(key), row.defaults.num_kv_heads) {
+        (None, Some(default)) => (default, " (the default, because the key is absent)"),
+        _ => (keys.count_or_null(key, MAX_SIZE)?.unwrap_or(num_heads), ""),
+    };
+    if !num_heads.is_multiple_of(num_kv_heads) {
+        return Err(keys
+            .error("config.json has key/value heads that do not divide the query heads", key)
+            .expected(format_args!("a divisor of num_attention_heads, {num_heads}"))
+            .found(format_args!("{num_kv_heads}{origin}")));
+    }
+    Ok(num_kv_heads)
+}
+
+/// Hd: absent or null is D/H.
+fn read_head_dim(keys: Keys<'_>, hidden_size: usize, num_heads: usize) -> Result<usize> {
+    let head_dim = match keys.count_or_null("head_dim", MAX_SIZE)? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        None => {
+            return Err(keys
+                .error(
+                    "config.json names no head_dim, and the heads do not divide the hidden size",
+                    "head_dim",
+                )
+                .expected(format_args!("num_attention_heads to divide hidden_size, {hidden_size}"))
+                .found(num_heads));
+        }
+    };
+    // Rotary embeddings turn pairs of dimensions.
+    if !head_dim.is_multiple_of(2) {
+        return Err(keys
+            .error("config.json has an odd head dim, which rotary embeddings cannot turn", "head_dim")
+            .expected("an even number")
+            .found(head_dim));
+    }
+    Ok(head_dim)
+}
+
+/// Whether projections have a bias; `key` is what files call it, also where the architecture does not ask.
+fn read_bias(keys: Keys<'_>, rule: Bias, key: &str) -> Result<bool> {
+    let fixed = match rule {
+        Bias::Key(key) => return Ok(keys.flag(key)?.unwrap_or(false)),
+        Bias::Always => true,
+        Bias::Never => false,
+    };
+    match keys.get(key).filter(|value| !value.is_null()) {
+        Some(value) if *value != Value::Bool(fixed) => Err(keys
+            .error("config.json contradicts its architecture about biases", key)
+            .expected(format_args!("no such key or {fixed}"))
+            .found(shown(value))),
+        _ => Ok(fixed),
+    }
+}
+
+fn read_activation(keys: Keys<'_>, row: &Architecture) -> Result<Activation> {
+    match keys.text("hidden_act")?.unwrap_or(row.defaults.hidden_act) {
+        "silu" | "swish" => Ok(Activation::Silu),
+        other => Err(keys
+            .error("config.json names an activation that is not supported", "hidden_act")
+            .expected("silu")
+            .found(format_args!("{other:?}"))),
+    }
 }

@@ -2,7 +2,11 @@
 
 pub mod arch;
 pub mod config;
+mod describe;
+pub mod op;
+mod rope;
 pub mod tensor;
 
 pub use config::{Activation, Config, Rope, RopeScaling};
+pub use describe::{Spec, describe};
 pub use tensor::{Dtype, Tensor, WeightSpec};

@@ -1,0 +1,262 @@
+//! The CPU backend: the oracle every other backend is checked against, and an engine of its own.
+//!
+//! Generic over the element type: `Cpu<f32>` runs jobs, `Cpu<f64>` checks gradients against central
+//! differences. Weights stay where they lie (a mapped file); a matrix product widens the tile it is about
+//! to multiply, which stays in the cache, so no converted copy of a weight ever exists.
+//!
+//! Results do not depend on the number of threads, nor on how samples are cut into chunks: every output
+//! element is computed by one task, in an order fixed by shapes of the model and of the sample alone.
+
+mod attention;
+mod element;
+mod elementwise;
+mod loss;
+mod matmul;
+mod moments;
+mod norm;
+mod rope;
+
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use element::Element;
+pub use rope::RopeTable;
+
+use super::{Backend, Chunk, Moments, NonFinite};
+use crate::error::Result;
+use crate::model::op::Attention;
+use crate::model::{Activation, Tensor};
+
+/// The CPU as a device, with its recycled buffers. `T` is the type of all activations and sums in ops.
+pub struct Cpu<T> {
+    pool: Arc<Pool<T>>,
+    /// Compiles a closure for the instruction sets of this machine.
+    simd: pulp::Arch,
+}
+
+impl<T: Element> Cpu<T> {
+    /// A device that uses rayon's current thread pool.
+    pub fn new() -> Self {
+        Self { pool: Arc::default(), simd: pulp::Arch::new() }
+    }
+
+    /// A buffer with unspecified contents.
+    fn alloc(&self, rows: usize, width: usize) -> Buf<T> {
+        let len = rows * width;
+        let data = self.pool.take(len).unwrap_or_else(|| vec![T::zero(); len]);
+        Buf { data, rows, width, pool: Arc::clone(&self.pool) }
+    }
+
+    /// A buffer of zeros.
+    fn zeros(&self, rows: usize, width: usize) -> Buf<T> {
+        let mut buf = self.alloc(rows, width);
+        buf.fill(T::zero());
+        buf
+    }
+
+    /// Makes a buffer from row-major values. [rows, width]
+    pub fn from_slice(&self, values: &[T], width: usize) -> Buf<T> {
+        let mut buf = self.alloc(values.len() / width, width);
+        buf.copy_from_slice(values);
+        buf
+    }
+}
+
+impl<T: Element> Default for Cpu<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Freed buffers, kept for the next op: fresh memory costs a page fault per 4 KiB.
+struct Pool<T>(Mutex<Vec<Vec<T>>>);
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+}
+
+impl<T> Pool<T> {
+    /// The smallest free vector of at least `len` elements that is not wastefully large.
+    fn take(&self, len: usize) -> Option<Vec<T>> {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (index, _) = free
+            .iter()
+            .enumerate()
+            .filter(|(_, data)| data.len() >= len && data.len() / 2 <= len)
+            .min_by_key(|(_, data)| data.len())?;
+        Some(free.swap_remove(index))
+    }
+
+    fn give(&self, data: Vec<T>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(data);
+    }
+}
+
+/// An activation, row-major [rows, width]; dereferences to its elements.
+pub struct Buf<T> {
+    /// At least rows·width elements; what lies beyond is not part of the buffer.
+    data: Vec<T>,
+    rows: usize,
+    width: usize,
+    pool: Arc<Pool<T>>,
+}
+
+impl<T> Buf<T> {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+}
+
+impl<T> Deref for Buf<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.data[..self.rows * self.width]
+    }
+}
+
+impl<T> DerefMut for Buf<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data[..self.rows * self.width]
+    }
+}
+
+impl<T> Drop for Buf<T> {
+    fn drop(&mut self) {
+        let data = std::mem::take(&mut self.data);
+        if !data.is_empty() {
+            self.pool.give(data);
+        }
+    }
+}
+
+impl<T: Element> Backend for Cpu<T> {
+    type Buf = Buf<T>;
+    type Weight = Tensor;
+    type Rope = RopeTable<T>;
+
+    fn load(&self, tensor: &Tensor) -> Result<Tensor> {
+        Ok(tensor.clone())
+    }
+
+    fn rope_table(&self, inv_freq: &[f32], positions: usize) -> RopeTable<T> {
+        RopeTable::new(inv_freq, positions)
+    }
+
+    fn copy(&self, x: &Buf<T>) -> Buf<T> {
+        self.from_slice(x, x.width)
+    }
+
+    fn element_bytes(&self) -> usize {
+        size_of::<T>()
+    }
+
+    fn embed(&self, table: &Tensor, ids: &[u32]) -> Buf<T> {
+        self.embed_rows(table, ids)
+    }
+
+    fn norm(&self, x: &Buf<T>, weight: &Tensor, eps: f64) -> Buf<T> {
+        self.norm_forward(x, weight, eps)
+    }
+
+    fn norm_backward(
+        &self,
+        x: &Buf<T>,
+        weight: &Tensor,
+        eps: f64,
+        dy: &Buf<T>,
+        dx: Option<Buf<T>>,
+    ) -> Buf<T> {
+        self.norm_adjoint(x, weight, eps, dy, dx)
+    }
+
+    fn linear(&self, x: &Buf<T>, weight: &Tensor, bias: Option<&Tensor>) -> Buf<T> {
+        self.linear_forward(x, weight, bias)
+    }
+
+    fn linear_backward(&self, weight: &Tensor, dy: &Buf<T>, dx: Option<Buf<T>>) -> Buf<T> {
+        self.linear_adjoint(weight, dy, dx)
+    }
+
+    fn rope(&self, x: &Buf<T>, heads: usize, table: &RopeTable<T>, chunk: &Chunk) -> Buf<T> {
+        self.rotate(x, heads, table, chunk, false, None)
+    }
+
+    fn rope_backward(
+        &self,
+        dy: &Buf<T>,
+        heads: usize,
+        table: &RopeTable<T>,
+        chunk: &Chunk,
+        dx: Option<Buf<T>>,
+    ) -> Buf<T> {
+        self.rotate(dy, heads, table, chunk, true, dx)
+    }
+
+    fn attend(&self, qkv: [&Buf<T>; 3], attention: &Attention, chunk: &Chunk) -> Buf<T> {
+        self.attend_forward(qkv, attention, chunk)
+    }
+
+    fn attend_backward(
+        &self,
+        qkv: [&Buf<T>; 3],
+        attention: &Attention,
+        chunk: &Chunk,
+        dout: &Buf<T>,
+        dqkv: [Option<Buf<T>>; 3],
+    ) -> [Buf<T>; 3] {
+        self.attend_adjoint(qkv, attention, chunk, dout, dqkv)
+    }
+
+    fn gate(&self, gate: &Buf<T>, up: &Buf<T>, activation: Activation) -> Buf<T> {
+        self.gate_forward(gate, up, activation)
+    }
+
+    fn gate_backward(
+        &self,
+        gate: &Buf<T>,
+        up: &Buf<T>,
+        activation: Activation,
+        dout: &Buf<T>,
+        dgate_dup: [Option<Buf<T>>; 2],
+    ) -> [Buf<T>; 2] {
+        self.gate_adjoint(gate, up, activation, dout, dgate_dup)
+    }
+
+    fn add(&self, a: &Buf<T>, b: &Buf<T>) -> Buf<T> {
+        let mut out = self.copy(a);
+        self.add_into(&mut out, b);
+        out
+    }
+
+    fn add_backward(&self, dy: &Buf<T>, dx: Option<Buf<T>>) -> Buf<T> {
+        match dx {
+            None => self.copy(dy),
+            Some(mut dx) => {
+                self.add_into(&mut dx, dy);
+                dx
+            }
+        }
+    }
+
+    fn loss(
+        &self,
+        x: &Buf<T>,
+        weight: &Tensor,
+        chunk: &Chunk,
+        want_gradient: bool,
+    ) -> (Vec<f64>, Option<Buf<T>>) {
+        self.cross_entropy(x, weight, chunk, want_gradient)
+    }
+
+    fn moments(&self, x: &Buf<T>, samples: &[Range<usize>], into: &mut Moments) -> Result<(), NonFinite> {
+        self.add_moments(x, samples, into)
+    }
+}

@@ -1,0 +1,225 @@
+//! A dataset path → the files to read, in order, each opened as a stream of bytes.
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor};
+use std::path::{Path, PathBuf};
+
+use flate2::bufread::MultiGzDecoder;
+
+use crate::error::{Context, Error, Result};
+
+/// The kinds of file we read, as error messages list them.
+pub(super) const KINDS: &str = ".jsonl, .ndjson, .json or .txt, each also with .gz, or a folder of these";
+const BUFFER_BYTES: usize = 1 << 16;
+
+/// How the bytes of a file divide into texts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// One JSON value per line.
+    JsonLines,
+    /// One JSON array, or JSON values one after the other.
+    Json,
+    /// One text per line.
+    Plain,
+}
+
+/// One file of the dataset, not yet open.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    /// What errors call it: its path.
+    pub name: String,
+    pub format: Format,
+    gzip: bool,
+    place: Place,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Disk(PathBuf),
+    Memory(Cow<'static, [u8]>),
+}
+
+impl Part {
+    /// A part that is in memory already; its `name` says the format.
+    pub fn in_memory(name: &str, bytes: Cow<'static, [u8]>) -> Result<Self> {
+        let (format, gzip) = kind_of(name).ok_or_else(|| unknown_kind(name))?;
+        Ok(Self { name: name.to_owned(), format, gzip, place: Place::Memory(bytes) })
+    }
+
+    /// The part's bytes, unpacked.
+    pub fn open(&self) -> Result<Box<dyn BufRead + Send>> {
+        let raw: Box<dyn BufRead + Send> = match &self.place {
+            Place::Disk(path) => {
+                let file = File::open(path).context_path("cannot open the dataset", path)?;
+                Box::new(BufReader::with_capacity(BUFFER_BYTES, file))
+            }
+            Place::Memory(Cow::Borrowed(bytes)) => Box::new(*bytes),
+            Place::Memory(Cow::Owned(bytes)) => Box::new(Cursor::new(bytes.clone())),
+        };
+        let mut bytes: Box<dyn BufRead + Send> = match self.gzip {
+            true => Box::new(BufReader::with_capacity(BUFFER_BYTES, MultiGzDecoder::new(raw))),
+            false => raw,
+        };
+        // A byte-order mark is no part of the first text.
+        let start = bytes.fill_buf().map_err(|cause| self.unreadable(cause, 1))?;
+        if start.starts_with(b"\xEF\xBB\xBF") {
+            bytes.consume(3);
+        }
+        Ok(bytes)
+    }
+
+    /// The error for a read that failed around `line` (from 1).
+    pub fn unreadable(&self, cause: std::io::Error, line: u64) -> Error {
+        let place = format!("{}, near line {line}", self.name);
+        if self.gzip {
+            return Error::new("the gzip data of the dataset is damaged")
+                .at(place)
+                .expected("a complete gzip file")
+                .found(cause)
+                .hint("copy or download the file again; `gzip -t FILE` tests it");
+        }
+        Error::new("cannot read the dataset").at(place).found(cause)
+    }
+}
+
+/// The files behind `--dataset`: one file, or those of a folder in natural order (`part-2` before `part-10`).
+pub(super) fn parts(dataset: &Path) -> Result<Vec<Part>> {
+    let found = dataset.metadata().map_err(|cause| {
+        Error::new("cannot read the dataset")
+            .at_path(dataset)
+            .expected(format!("--dataset: a file {KINDS}"))
+            .found(cause)
+    })?;
+    if !found.is_dir() {
+        let name = dataset.display().to_string();
+        let (format, gzip) = kind_of(&name).ok_or_else(|| unknown_kind(&name))?;
+        return Ok(vec![Part { name, format, gzip, place: Place::Disk(dataset.to_owned()) }]);
+    }
+    let mut parts = Vec::new();
+    let mut others = Vec::new();
+    for entry in dataset.read_dir().context_path("cannot list the dataset's folder", dataset)? {
+        let path = entry.context_path("cannot list the dataset's folder", dataset)?.path();
+        let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        // Hidden files are other programs' leavings: `._a.jsonl`, `.ipynb_checkpoints`.
+        match kind_of(&file) {
+            Some((format, gzip)) if !file.starts_with('.') && path.is_file() => {
+                parts.push(Part { name: path.display().to_string(), format, gzip, place: Place::Disk(path) });
+            }
+            _ => others.push(file),
+        }
+    }
+    if parts.is_empty() {
+        others.sort_by(|a, b| natural(a, b));
+        let more = if others.len() > 8 { ", …" } else { "" };
+        others.truncate(8);
+        let found = if others.is_empty() { "an empty folder".into() } else { others.join(", ") + more };
+        return Err(Error::new("the dataset's folder has no file that can be read")
+            .at_path(dataset)
+            .expected(format!("files {KINDS}"))
+            .found(found)
+            .hint(CONVERT));
+    }
+    parts.sort_by(|a, b| natural(&a.name, &b.name));
+    Ok(parts)
+}
+
+const CONVERT: &str =
+    "other formats: datasets.load_dataset(…, split=\"train\").to_json(\"corpus.jsonl\") in Python";
+
+fn unknown_kind(name: &str) -> Error {
+    let file = Path::new(name).file_name().map_or_else(|| name.into(), |file| file.to_string_lossy());
+    Error::new("the dataset is of an unknown kind")
+        .at(name)
+        .expected(format!("a file {KINDS}"))
+        .found(format!("{file:?}"))
+        .hint(CONVERT)
+}
+
+/// The format that a file's name announces, and whether it is packed.
+fn kind_of(name: &str) -> Option<(Format, bool)> {
+    let name = name.to_ascii_lowercase();
+    let (stem, gzip) = name.strip_suffix(".gz").map_or((name.as_str(), false), |stem| (stem, true));
+    let format = match stem.rsplit_once('.')?.1 {
+        "jsonl" | "ndjson" => Format::JsonLines,
+        "json" => Format::Json,
+        "txt" => Format::Plain,
+        _ => return None,
+    };
+    Some((format, gzip))
+}
+
+/// Compares names as people do: runs of digits by value, the rest by character.
+fn natural(a: &str, b: &str) -> Ordering {
+    let (mut rest_a, mut rest_b) = (a, b);
+    loop {
+        let (Some(x), Some(y)) = (rest_a.chars().next(), rest_b.chars().next()) else {
+            // Equal as numbers, yet `01` and `1` are two files: fall back on the bytes.
+            return rest_a.len().cmp(&rest_b.len()).then_with(|| a.cmp(b));
+        };
+        let order = if x.is_ascii_digit() && y.is_ascii_digit() {
+            let (run_a, after_a) = digits(rest_a);
+            let (run_b, after_b) = digits(rest_b);
+            (rest_a, rest_b) = (after_a, after_b);
+            run_a.len().cmp(&run_b.len()).then_with(|| run_a.cmp(run_b))
+        } else {
+            (rest_a, rest_b) = (&rest_a[x.len_utf8()..], &rest_b[y.len_utf8()..]);
+            x.cmp(&y)
+        };
+        if order != Ordering::Equal {
+            return order;
+        }
+    }
+}
+
+/// The leading run of digits without its zeros, and what follows it.
+fn digits(text: &str) -> (&str, &str) {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    (text[..end].trim_start_matches('0'), &text[end..])
+}
+
+/// Reads up to and with the next newline into `line` (cleared first); `false` at the end.
+pub(super) fn read_line(bytes: &mut dyn BufRead, line: &mut Vec<u8>) -> std::io::Result<bool> {
+    line.clear();
+    bytes.read_until(b'\n', line)?;
+    let read = !line.is_empty();
+    if line.ends_with(b"\n") {
+        line.pop();
+        if line.ends_with(b"\r") {
+            line.pop();
+        }
+    }
+    Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_announce_formats() {
+        assert_eq!(kind_of("a.jsonl"), Some((Format::JsonLines, false)));
+        assert_eq!(kind_of("A.NDJSON.GZ"), Some((Format::JsonLines, true)));
+        assert_eq!(kind_of("a.b.json.gz"), Some((Format::Json, true)));
+        assert_eq!(kind_of("dir.x/a.txt"), Some((Format::Plain, false)));
+        for other in ["a.parquet", "a", "jsonl", "a.gz", "a.csv.gz", ""] {
+            assert_eq!(kind_of(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn numbers_sort_by_value() {
+        let mut names = ["p10", "p2", "p1", "p01", "p", "q0", "p2b", "p02a", "p99999999999999999999999"];
+        names.sort_by(|a, b| natural(a, b));
+        assert_eq!(names, ["p", "p01", "p1", "p2", "p02a", "p2b", "p10", "p99999999999999999999999", "q0"]);
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_dropped() {
+        let part = Part::in_memory("a.txt", Cow::Borrowed(b"\xEF\xBB\xBFx".as_slice())).unwrap();
+        let mut all = Vec::new();
+        std::io::Read::read_to_end(&mut part.open().unwrap(), &mut all).unwrap();
+        assert_eq!(all, b"x");
+    }
+}

@@ -1,0 +1,200 @@
+//! Texts → token ids, equal to those of transformers' `AutoTokenizer(text, truncation=True, max_length=…)`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+use tokenizers::{Tokenizer, TruncationParams, TruncationStrategy};
+
+use super::rebuild::{Built, Files, build};
+use crate::error::{Error, Result};
+
+/// The token ids of one text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Token ids [T], special tokens included, all below V.
+    pub ids: Vec<u32>,
+    /// Whether the text had more tokens than `max_length`.
+    pub truncated: bool,
+}
+
+/// A loaded tokenizer.
+pub struct Tokens {
+    tokenizer: Tokenizer,
+    /// V of the model: an id at or above it has no embedding.
+    vocab_size: usize,
+    /// Where errors say the tokenizer is from.
+    name: String,
+    note: Option<String>,
+}
+
+impl Tokens {
+    /// Loads the tokenizer of a model folder: tokenizer.json, and where they exist tokenizer_config.json, config.json,
+    /// special_tokens_map.json and added_tokens.json, which have a say in it. Samples are cut to `max_length` tokens,
+    /// special tokens included; `vocab_size` is V of the model.
+    pub fn open(folder: &Path, max_length: usize, vocab_size: usize) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let tokenizer = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Err(no_tokenizer(folder)),
+            Err(cause) => {
+                return Err(Error::new("cannot read the tokenizer").at_path(path).found(cause));
+            }
+        };
+        let optional = |file: &str| -> Result<Map<String, Value>> {
+            let path = folder.join(file);
+            match std::fs::read(&path) {
+                Ok(bytes) => object(&bytes, &path.display().to_string()),
+                Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
+                Err(cause) => Err(Error::new(format!("cannot read {file}")).at_path(path).found(cause)),
+            }
+        };
+        let name = path.display().to_string();
+        let files = Files {
+            tokenizer: object(&tokenizer, &name)?,
+            config: optional("tokenizer_config.json")?,
+            special_tokens: optional("special_tokens_map.json")?,
+            added_tokens: optional("added_tokens.json")?,
+            model: optional("config.json")?,
+        };
+        Self::of(files, name, max_length, vocab_size)
+    }
+
+    /// The same from the bytes of tokenizer.json, tokenizer_config.json and the model's config.json.
+    pub fn from_bytes(
+        tokenizer: &[u8],
+        tokenizer_config: Option<&[u8]>,
+        model_config: Option<&[u8]>,
+        max_length: usize,
+        vocab_size: usize,
+    ) -> Result<Self> {
+        let optional = |bytes: Option<&[u8]>, name| bytes.map_or(Ok(Map::new()), |bytes| object(bytes, name));
+        let files = Files {
+            tokenizer: object(tokenizer, "tokenizer.json")?,
+            config: optional(tokenizer_config, "tokenizer_config.json")?,
+            model: optional(model_config, "config.json")?,
+            ..Files::default()
+        };
+        Self::of(files, "tokenizer.json".into(), max_length, vocab_size)
+    }
+
+    fn of(files: Files, name: String, max_length: usize, vocab_size: usize) -> Result<Self> {
+        let config = files.config.clone();
+        let damaged = |cause: String| {
+            Error::new("the tokenizer cannot be loaded")
+                .at(&name)
+                .expected("a tokenizer.json of the tokenizers library")
+                .found(cause)
+                .hint("AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER) in Python writes it anew")
+        };
+        // The library asserts some properties of the file instead of checking them.
+        let Built { mut tokenizer, direction } = catch_unwind(AssertUnwindSafe(|| build(files)))
+            .unwrap_or_else(|panic| Err(message(&panic)))
+            .map_err(damaged)?;
+        let special = tokenizer.get_post_processor().map_or(0, |post| {
+            use tokenizers::PostProcessor;
+            post.added_tokens(false)
+        });
+        if max_length == 0 || max_length < special {
+            let least = special.max(1);
+            return Err(Error::usage("max_length leaves no room for a token")
+                .at("--max_length")
+                .expected(match special {
+                    0 => "at least 1".to_owned(),
+                    _ => format!(
+                        "at least {least}, as the tokenizer adds {special} special tokens to every text"
+                    ),
+                })
+                .found(max_length));
+        }
+        tokenizer.with_padding(None);
+        let note = note(&tokenizer, &config);
+        tokenizer
+            .with_truncation(Some(TruncationParams {
+                direction,
+                max_length,
+                strategy: TruncationStrategy::LongestFirst,
+                stride: 0,
+            }))
+            .map_err(|cause| damaged(cause.to_string()))?;
+        Ok(Self { tokenizer, vocab_size, name, note })
+    }
+
+    /// What the user should know about the special tokens: a setting of tokenizer_config.json that has no effect.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    /// The ids of `texts`, in their order, on all threads.
+    pub fn encode(&self, texts: &[String]) -> Result<Vec<Sample>> {
+        texts.par_iter().map(|text| self.sample(text)).collect()
+    }
+
+    fn sample(&self, text: &str) -> Result<Sample> {
+        let encoding = self.tokenizer.encode_fast(text, true).map_err(|cause| {
+            Error::new("the tokenizer cannot read a text")
+                .at(&self.name)
+                .found(format!("{cause} in {:?}", text.chars().take(40).collect::<String>()))
+        })?;
+        let ids = encoding.get_ids().to_vec();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            let token = self.tokenizer.id_to_token(id).unwrap_or_default();
+            return Err(Error::new(format!(
+                "the tokenizer's token {token:?} is not in the model's vocabulary"
+            ))
+            .at(&self.name)
+            .expected(format!("ids below the model's vocab_size, {}", self.vocab_size))
+            .found(format!("id {id}"))
+            .hint("the tokenizer and the model are not of one kind; both must come from the same folder"));
+        }
+        Ok(Sample { ids, truncated: !encoding.get_overflowing().is_empty() })
+    }
+}
+
+fn object(bytes: &[u8], name: &str) -> Result<Map<String, Value>> {
+    serde_json::from_slice(bytes).map_err(|cause| {
+        Error::new("a tokenizer file is not valid JSON").at(name).expected("a JSON object").found(cause)
+    })
+}
+
+fn no_tokenizer(folder: &Path) -> Error {
+    let error = Error::new("the model has no tokenizer.json").at_path(folder).expected("tokenizer.json");
+    let other =
+        ["tokenizer.model", "vocab.json", "tekken.json"].into_iter().find(|file| folder.join(file).is_file());
+    match other {
+        Some(file) => error.found(format!("{file}, an older format")).hint(format!(
+            "convert it once in Python: AutoTokenizer.from_pretrained({folder:?}).save_pretrained({folder:?})"
+        )),
+        None => error.found("no tokenizer file").hint("copy the tokenizer's files beside the model's"),
+    }
+}
+
+/// Where `add_bos_token` or `add_eos_token` says something else than the post-processor does, as
+/// transformers 4 obeyed those settings in some classes and transformers 5 does not.
+fn note(tokenizer: &Tokenizer, config: &Map<String, Value>) -> Option<String> {
+    let added = tokenizer.encode_fast("", true).ok()?;
+    ["bos", "eos"].into_iter().find_map(|end| {
+        let wanted = config.get(&format!("add_{end}_token"))?.as_bool()?;
+        let token = config.get(&format!("{end}_token"))?;
+        let token = token.as_str().or_else(|| token.get("content")?.as_str())?;
+        let present = added.get_ids().contains(&tokenizer.token_to_id(token)?);
+        let really = if present { "is" } else { "is not" };
+        (wanted != present).then(|| {
+            format!(
+                "tokenizer_config.json says add_{end}_token {wanted}, but the token {token:?} {really} added: \
+                 tokenizer.json's post_processor decides, as in transformers 5"
+            )
+        })
+    })
+}
+
+/// What a panic said.
+pub(super) fn message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("an unknown failure").to_owned()
+}
+
+#[cfg(test)]
+#[path = "tokens_tests.rs"]
+mod tests;
