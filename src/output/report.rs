@@ -1,0 +1,173 @@
+//! The table on stdout at the end of a run: one line per layer.
+
+/// Columns of a terminal that the table never exceeds.
+const WIDTH: usize = 100;
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerSummary {
+    /// Number of the layer in the model.
+    pub layer: usize,
+    /// Tokens that entered its statistics.
+    pub tokens: u64,
+    /// Mean over the dimensions of the signed mean over tokens.
+    pub mean: f64,
+    /// Mean over the dimensions of the mean |v| over tokens.
+    pub mean_abs: f64,
+    /// The largest |v| of any token and dimension.
+    pub max_abs: f64,
+    /// (dimension, value), largest |value| first.
+    pub top: Vec<(usize, f64)>,
+}
+
+impl LayerSummary {
+    /// Sums up one layer. `mean`, `mean_abs` and `max_abs` are `[D]`, per dimension over tokens; `ranked` (`[D]`) is the
+    /// array whose `count` largest |v| are named: what was written to the files.
+    pub fn new(
+        layer: usize,
+        tokens: u64,
+        mean: &[f64],
+        mean_abs: &[f64],
+        max_abs: &[f64],
+        ranked: &[f32],
+        count: usize,
+    ) -> Self {
+        let average = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        Self {
+            layer,
+            tokens,
+            mean: average(mean),
+            mean_abs: average(mean_abs),
+            max_abs: max_abs.iter().copied().fold(0.0, f64::max),
+            top: top(ranked, count),
+        }
+    }
+}
+
+/// The `count` dimensions of the largest |v|, largest first; of equals the lower dimension comes first.
+/// NaN counts as the largest: it must not go unseen.
+pub fn top(values: &[f32], count: usize) -> Vec<(usize, f64)> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| values[b].abs().total_cmp(&values[a].abs()).then(a.cmp(&b)));
+    order.into_iter().take(count).map(|dimension| (dimension, f64::from(values[dimension]))).collect()
+}
+
+/// The table. `quantity` names what the numbers are, as in `gradients of the loss at mlp (nats per unit)`.
+///
+/// Columns: layer, tokens, mean, mean|.|, max|.|, then as many `dimension:value` as fit in 100 columns.
+pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
+    let cells: Vec<[String; 5]> = rows
+        .iter()
+        .map(|row| {
+            let numbers = [row.mean, row.mean_abs, row.max_abs].map(significant);
+            let [mean, mean_abs, max_abs] = numbers;
+            [row.layer.to_string(), row.tokens.to_string(), mean, mean_abs, max_abs]
+        })
+        .collect();
+    let titles = ["layer", "tokens", "mean", "mean|.|", "max|.|"];
+    let widths: [usize; 5] = std::array::from_fn(|column| {
+        cells.iter().map(|cells| cells[column].len()).chain([titles[column].len()]).max().unwrap_or(0)
+    });
+
+    let mut text = format!("{quantity}\n");
+    let mut title = aligned(&titles.map(str::to_owned), &widths);
+    title.push_str("  largest |v| as dimension:value");
+    push_line(&mut text, &title);
+    for (row, cells) in rows.iter().zip(&cells) {
+        let mut line = aligned(cells, &widths);
+        for (dimension, value) in &row.top {
+            let item = format!("  {dimension}:{}", significant(*value));
+            if line.len() + item.len() > WIDTH {
+                break;
+            }
+            line.push_str(&item);
+        }
+        push_line(&mut text, &line);
+    }
+    text
+}
+
+fn aligned(cells: &[String; 5], widths: &[usize; 5]) -> String {
+    cells.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}")).collect::<Vec<_>>().join("  ")
+}
+
+fn push_line(text: &mut String, line: &str) {
+    text.push_str(line);
+    text.push('\n');
+}
+
+/// Four significant digits, in the shorter of fixed and scientific notation: `12.35`, `-0.001235`, `1.235e-9`.
+pub fn significant(number: f64) -> String {
+    if !number.is_finite() || number == 0.0 {
+        return number.to_string();
+    }
+    let scientific = format!("{number:.3e}");
+    // The exponent after rounding: 9999.6 is 1.000e4 here.
+    let exponent =
+        scientific.split_once('e').and_then(|(_, exponent)| exponent.parse::<i32>().ok()).unwrap_or(0);
+    match exponent {
+        -3..=3 => format!("{number:.*}", (3 - exponent) as usize),
+        4 | 5 => format!("{number:.0}"),
+        _ => scientific,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_four_digits() {
+        for (number, expected) in [
+            (0.0, "0"),
+            (12.345, "12.35"),
+            (-0.0012345, "-0.001234"),
+            (0.00012345, "1.234e-4"),
+            (999.96, "1000"),
+            (9999.6, "10000"),
+            (123456.7, "123457"),
+            (1234567.0, "1.235e6"),
+            (1.0, "1.000"),
+            (f64::NAN, "NaN"),
+            (f64::NEG_INFINITY, "-inf"),
+        ] {
+            assert_eq!(significant(number), expected);
+        }
+    }
+
+    #[test]
+    fn the_table_is_pinned() {
+        let first = LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], &[0.5, -1.5], 5);
+        let last = LayerSummary { layer: 79, tokens: 12_345_678, ..first.clone() };
+        assert_eq!(
+            table("values at mlp", &[first, last]),
+            "values at mlp\n\
+             layer    tokens     mean  mean|.|  max|.|  largest |v| as dimension:value\n    \
+             0      4096  -0.5000    1.125   7.000  1:-1.500  0:0.5000\n   \
+             79  12345678  -0.5000    1.125   7.000  1:-1.500  0:0.5000\n"
+        );
+    }
+
+    #[test]
+    fn never_wider_than_a_hundred_columns() {
+        let row = LayerSummary {
+            layer: 79,
+            tokens: 123_456_789_012,
+            mean: -1.234e-10,
+            mean_abs: 1.234e-10,
+            max_abs: 1.234e-10,
+            top: vec![(65_535, -1.234e-10); 9],
+        };
+        let text = table("gradients", &vec![row; 80]);
+        assert_eq!(text.lines().count(), 82);
+        assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+        assert!(text.contains("65535:-1.234e-10"));
+    }
+
+    #[test]
+    fn top_breaks_ties_by_dimension_and_shows_nan() {
+        assert_eq!(top(&[1.0, -3.0, 3.0, 2.0], 3), [(1, -3.0), (2, 3.0), (3, 2.0)]);
+        assert_eq!(top(&[1.0, f32::NAN], 1)[0].0, 1);
+        assert!(top(&[], 3).is_empty());
+    }
+}
