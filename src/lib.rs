@@ -37,3 +37,8 @@ pub mod engine;
 pub mod transform;
 
 pub mod output;
+
+pub mod cli;
+pub mod plan;
+
+pub mod run;

@@ -98,6 +98,9 @@ pub trait Backend {
     /// Bytes of one element of a buffer.
     fn element_bytes(&self) -> usize;
 
+    /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
+    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64;
+
     /// See [`crate::model::op::Op::Embed`]; → [N, D].
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Self::Buf;
 

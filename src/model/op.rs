@@ -85,6 +85,20 @@ impl Op {
         }
     }
 
+    /// Slot the op writes.
+    pub fn output(&self) -> Option<Slot> {
+        match *self {
+            Self::Embed { out, .. }
+            | Self::Norm { out, .. }
+            | Self::Linear { out, .. }
+            | Self::Rope { out, .. }
+            | Self::Attend { out, .. }
+            | Self::Gate { out, .. }
+            | Self::Add { out, .. } => Some(out),
+            Self::Tap { .. } | Self::Loss { .. } => None,
+        }
+    }
+
     /// Slots whose values the backward of this op reads. Linear ops need none: there are no weight
     /// gradients, so the adjoint of a linear map is all that is left of it.
     pub fn saved(&self) -> Vec<Slot> {

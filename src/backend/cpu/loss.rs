@@ -23,6 +23,17 @@ const TILE: usize = 256;
 /// not depend on the number of threads.
 const PARTS: usize = 16;
 
+/// Rows of a block: their logits stay below [`MAX_LOGITS`].
+fn block_rows(vocab_size: usize) -> usize {
+    (MAX_LOGITS / vocab_size).clamp(1, MAX_ROWS)
+}
+
+/// Elements that [`Cpu::cross_entropy`] allocates for N = `tokens`: logits, gathered rows, partial sums.
+pub(super) fn workspace_elements(vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
+    let rows = block_rows(vocab_size).min(tokens) as u64;
+    rows * (vocab_size as u64 + (1 + PARTS as u64) * hidden_size as u64)
+}
+
 /// A row with a target: row of the chunk, target id, its sample, and the sample's loss scale.
 struct Target {
     row: usize,
@@ -61,8 +72,7 @@ impl<T: Element> Cpu<T> {
             .collect();
         let mut nats = vec![0.0; chunk.num_samples()];
         let mut dx = want_gradient.then(|| self.zeros(x.rows, x.width));
-        let rows = (MAX_LOGITS / weight.shape[0]).clamp(1, MAX_ROWS);
-        for block in targets.chunks(rows) {
+        for block in targets.chunks(block_rows(weight.shape[0])) {
             self.cross_entropy_block(x, weight, block, &mut nats, dx.as_mut());
         }
         (nats, dx)

@@ -158,6 +158,10 @@ impl<T: Element> Backend for Cpu<T> {
         size_of::<T>()
     }
 
+    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
+        loss::workspace_elements(vocab_size, hidden_size, tokens) * size_of::<T>() as u64
+    }
+
     fn embed(&self, table: &Tensor, ids: &[u32]) -> Buf<T> {
         self.embed_rows(table, ids)
     }

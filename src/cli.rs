@@ -1,0 +1,177 @@
+//! The command line: clap structs only. What the flags mean together is `plan`'s business.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::engine::LossReduction;
+use crate::stats::Direction;
+use crate::transform::{AggregationMode, NormaliseMode};
+
+/// Which dimensions of each layer's MLP output are active, and which does the loss depend on?
+///
+/// Statistics of every layer of a frozen decoder language model over a corpus, from one forward and one
+/// backward pass.
+#[derive(Debug, Parser)]
+#[command(name = "gradlens", version, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The jobs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Per-dimension statistics of every layer's MLP output, or of the loss gradient there
+    Layer(Box<LayerArgs>),
+    /// The whole job in seconds, on a small trained model that ships with the program
+    Demo(DemoArgs),
+}
+
+/// `gradlens layer`.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct LayerArgs {
+    /// Folder of a checkpoint: config.json, tokenizer.json, *.safetensors
+    #[arg(long, default_value = "Qwen/Qwen2.5-0.5B", value_name = "FOLDER", help_heading = "Model")]
+    pub model_name: String,
+
+    /// Layers to analyse: `0-23`, `0,5,10`, `0-3,8,20-23`; every layer if left out
+    #[arg(long, help_heading = "Model")]
+    pub layers: Option<String>,
+
+    /// Texts: .jsonl, .json, .txt (one text per line), each also as .gz, or a folder of these
+    #[arg(long, value_name = "PATH", help_heading = "Texts")]
+    pub dataset: Option<PathBuf>,
+
+    /// Column of JSON rows that holds the text
+    #[arg(long, default_value = "text", value_name = "NAME", help_heading = "Texts")]
+    pub text_column: String,
+
+    /// Keep texts with more characters than this (white space at the ends not counted); 0 keeps all
+    #[arg(long, default_value_t = 50, value_name = "N", help_heading = "Texts")]
+    pub min_chars: usize,
+
+    /// Samples to use, counted after --min_chars
+    #[arg(long, default_value_t = 500, value_name = "N", help_heading = "Texts")]
+    pub num_samples: usize,
+
+    /// Longest sample in tokens, special tokens included; the rest is cut off
+    #[arg(long, default_value_t = 128, value_name = "TOKENS", help_heading = "Texts")]
+    pub max_length: usize,
+
+    /// What to aggregate: the values, or the gradients of the loss with respect to them
+    #[arg(long, default_value = "values", help_heading = "Analysis")]
+    pub aggregate_by: AggregateBy,
+
+    /// Mean of v, of |v|, or both, over tokens
+    #[arg(long, default_value = "mean_abs", help_heading = "Analysis")]
+    pub aggregation_mode: AggregationMode,
+
+    /// Exponent p of sign(v)·|v|^p, applied after aggregation; of a comma list the first is used
+    #[arg(long, value_name = "P", allow_hyphen_values = true, help_heading = "Analysis")]
+    pub power: Option<String>,
+
+    /// Scale to Σ|v| = D (sum_abs) or Σv = D (sum), after the power; `both` gives both, `all` also neither
+    /// [default: sum_abs]
+    #[arg(long, value_name = "MODE", help_heading = "Analysis")]
+    pub normalize_gradients: Option<NormaliseMode>,
+
+    /// Another spelling of --normalize_gradients
+    #[arg(long, value_name = "MODE", help_heading = "Analysis")]
+    pub normalize_mode: Option<NormaliseMode>,
+
+    /// Loss that gradients differentiate: each sample's mean, the mean of a batch of --batch_size, or the
+    /// sum over tokens
+    #[arg(long, default_value = "sample", value_name = "LOSS", help_heading = "Analysis")]
+    pub loss_reduction: LossReduction,
+
+    /// Samples of a batch, for --loss_reduction batch; changes nothing else
+    #[arg(long, default_value_t = 4, value_name = "N", help_heading = "Analysis")]
+    pub batch_size: usize,
+
+    /// Save results in a folder named after the run
+    #[arg(long, help_heading = "Output")]
+    pub save_outputs: bool,
+
+    /// Where that folder is made
+    #[arg(long, default_value = ".", value_name = "FOLDER", help_heading = "Output")]
+    pub output_dir: PathBuf,
+
+    /// Save all arrays in this one .npz
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub save_consolidated: Option<PathBuf>,
+
+    /// Print what would be done, and what it takes, and stop
+    #[arg(long, help_heading = "Output")]
+    pub dry_run: bool,
+
+    /// Where to compute: `auto` or `cpu`
+    #[arg(long, default_value = "auto", help_heading = "Machine")]
+    pub device: String,
+
+    /// Type of activations and sums; `auto` is float32 on the CPU
+    #[arg(long, default_value = "auto", help_heading = "Machine")]
+    pub dtype: DtypeArg,
+
+    /// CPU threads; all cores if left out
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub threads: Option<usize>,
+
+    /// Tokens that go through the model together; changes speed and memory, never results
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub tokens_per_pass: Option<usize>,
+
+    /// Memory for activations, in GiB; half of what is free if left out
+    #[arg(long, value_name = "GIB", help_heading = "Machine")]
+    pub memory: Option<f64>,
+}
+
+/// `gradlens demo`.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct DemoArgs {
+    /// Where the results' folder is made
+    #[arg(long, default_value = "gradlens_demo", value_name = "FOLDER")]
+    pub output_dir: PathBuf,
+
+    /// Stories to use, of 320
+    #[arg(long, default_value_t = 320, value_name = "N")]
+    pub num_samples: usize,
+
+    /// CPU threads; all cores if left out
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// `--aggregate_by`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum AggregateBy {
+    /// The activations
+    Values,
+    /// The gradients of the loss with respect to them
+    Gradients,
+}
+
+impl From<AggregateBy> for Direction {
+    fn from(by: AggregateBy) -> Self {
+        match by {
+            AggregateBy::Values => Self::Values,
+            AggregateBy::Gradients => Self::Gradients,
+        }
+    }
+}
+
+/// `--dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum DtypeArg {
+    /// The best for the device
+    Auto,
+    /// IEEE single precision
+    Float32,
+    /// Not on the CPU
+    Bfloat16,
+}

@@ -1,0 +1,35 @@
+//! The program: command line → plan → run.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use gradlens::cli::{Cli, Command};
+use gradlens::error::{Kind, Result};
+use gradlens::output::{Log, folder};
+use gradlens::plan::Plan;
+use gradlens::run;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let log = Log::new();
+    match job(&cli.command, &log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            match error.kind() {
+                Kind::Failed => ExitCode::from(1),
+                Kind::Usage => ExitCode::from(2),
+            }
+        }
+    }
+}
+
+fn job(command: &Command, log: &Log) -> Result<()> {
+    // First of all: the local time zone can be told only while there is one thread.
+    let timestamp = folder::now();
+    let plan = match command {
+        Command::Layer(args) => Plan::layer(args, timestamp)?,
+        Command::Demo(args) => Plan::demo(args, timestamp)?,
+    };
+    run::run(&plan, log)
+}

@@ -1,0 +1,159 @@
+//! The plan as `--dry_run` prints it.
+
+use std::fmt;
+
+use super::Plan;
+use crate::model::{Config, RopeScaling};
+use crate::output::report::{size, thousands};
+use crate::stats::Direction;
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let c = &self.config;
+        let mut row = |name: &str, text: String| writeln!(f, "{name:<13}{text}");
+        row("model", format!("{} ({})", self.model_name, c.model_type))?;
+        row("parameters", thousands(self.spec.num_parameters()))?;
+        row("weights", format!("{} as {}, mapped", size(self.weight_bytes()), self.weight_types()))?;
+        row(
+            "shape",
+            format!(
+                "{} layers, hidden size {}, MLP {}, {} heads ({} key/value) of {}, vocabulary {}",
+                c.num_layers,
+                c.hidden_size,
+                c.intermediate_size,
+                c.num_heads,
+                c.num_kv_heads,
+                c.head_dim,
+                thousands(c.vocab_size as u64)
+            ),
+        )?;
+        row("attention", attention(c))?;
+        row(
+            "layers",
+            format!("{} of {}: {}", self.engine.layers.len(), c.num_layers, ranges(&self.engine.layers)),
+        )?;
+        row("statistics", self.statistics())?;
+        row(
+            "texts",
+            format!(
+                "{}, up to {} with more than {} characters, cut to {} tokens",
+                self.texts.dataset.display(),
+                thousands(self.texts.num_samples as u64),
+                self.texts.min_chars,
+                thousands(self.max_length as u64)
+            ),
+        )?;
+        row("device", format!("cpu, {} threads, {}", self.threads, self.dtype()))?;
+        row("pass", self.pass())?;
+        let m = &self.memory;
+        row(
+            "memory",
+            format!(
+                "activations {}, workspace {} (budget {})",
+                size(m.activation_bytes),
+                size(m.workspace_bytes),
+                size(m.budget_bytes)
+            ),
+        )?;
+        let flops = self.spec.flops_per_token() as f64 / 1e9;
+        let head = self.spec.head_flops_per_token() as f64 / 1e9;
+        row(
+            "work",
+            match self.direction {
+                Direction::Values => format!("up to {flops:.3} GFLOP per token, forward"),
+                Direction::Gradients => {
+                    format!("{:.3} GFLOP per token forward, up to as much backward", flops + head)
+                }
+            },
+        )?;
+        row("output", self.destination())
+    }
+}
+
+impl Plan {
+    fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum()
+    }
+
+    fn weight_types(&self) -> String {
+        let mut types: Vec<String> = self.tensors.iter().map(|tensor| tensor.dtype.to_string()).collect();
+        types.sort_unstable();
+        types.dedup();
+        types.join(" and ")
+    }
+
+    fn statistics(&self) -> String {
+        let power = self.transform.power.map_or(String::new(), |p| format!(", power {p}"));
+        let loss = match self.direction {
+            Direction::Values => String::new(),
+            Direction::Gradients => format!(" of the {} loss", self.engine.loss_reduction.name()),
+        };
+        format!(
+            "{}{loss} at mlp, {}{power}, normalised by {}",
+            self.direction,
+            self.transform.mode.name(),
+            self.transform.normalise.name()
+        )
+    }
+
+    fn pass(&self) -> String {
+        let layers = self.spec.blocks.len();
+        let kept = match self.direction {
+            Direction::Values => String::new(),
+            Direction::Gradients if self.engine.keep_from >= layers => "; activations computed again".into(),
+            Direction::Gradients if self.engine.keep_from <= self.engine.layers[0] + 1 => {
+                "; activations kept".into()
+            }
+            Direction::Gradients => {
+                format!("; activations kept from layer {}, computed again below", self.engine.keep_from)
+            }
+        };
+        format!(
+            "{} tokens, in chunks of {}{kept}",
+            thousands(self.passes.tokens_per_pass as u64),
+            thousands(self.engine.chunk_tokens as u64)
+        )
+    }
+
+    fn destination(&self) -> String {
+        let mut places = Vec::new();
+        if self.output.save_outputs {
+            places.push(self.output.output_dir.join(&self.output.folder_name).display().to_string());
+        }
+        if let Some(path) = &self.output.save_consolidated {
+            places.push(path.display().to_string());
+        }
+        if places.is_empty() { "nothing is saved".into() } else { places.join(" and ") }
+    }
+}
+
+fn attention(c: &Config) -> String {
+    let windowed = c.windows.iter().flatten().count();
+    let window = match c.windows.iter().flatten().next() {
+        None => "full causal".into(),
+        Some(w) if windowed == c.num_layers => format!("causal in a window of {w}"),
+        Some(w) => format!("causal, in a window of {w} in {windowed} layers"),
+    };
+    let scaling = match c.rope.scaling {
+        RopeScaling::None => String::new(),
+        RopeScaling::Linear { factor } => format!(", scaled linearly by {factor}"),
+        RopeScaling::Llama3 { factor, .. } => format!(", low frequencies scaled by {factor}"),
+    };
+    format!("{window}; rotary base {}{scaling}", c.rope.theta)
+}
+
+/// `0-3,8`.
+fn ranges(layers: &[usize]) -> String {
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    for &layer in layers {
+        match parts.last_mut() {
+            Some((_, end)) if *end + 1 == layer => *end = layer,
+            _ => parts.push((layer, layer)),
+        }
+    }
+    let text = |&(start, end): &(usize, usize)| match start == end {
+        true => start.to_string(),
+        false => format!("{start}-{end}"),
+    };
+    parts.iter().map(text).collect::<Vec<_>>().join(",")
+}
