@@ -1,5 +1,7 @@
 //! Every golden checkpoint from its folder to its statistics, against Hugging Face transformers.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::BTreeMap;

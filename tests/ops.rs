@@ -1,6 +1,8 @@
 //! Every op of the CPU backend in float64 against central differences, and its forward against a plain
 //! loop, over one table of ragged shapes.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Random, relative_l2, tensor, tolerance};
