@@ -101,6 +101,10 @@ pub trait Backend {
     /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64;
 
+    /// Bytes that [`Backend::linear`] and its backward need besides arguments and result, for N = `tokens` and
+    /// an input of `width`.
+    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64;
+
     /// See [`crate::model::op::Op::Embed`]; → [N, D].
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Self::Buf;
 

@@ -50,12 +50,15 @@ pub fn plan<B: Backend>(backend: &B, demand: &Demand<'_>) -> Memory {
     let element = backend.element_bytes() as u64;
     let needed = demand.max_length.saturating_mul(demand.num_samples);
     let chunk = CHUNK_TOKENS.max(demand.max_length).min(needed.max(1));
+    let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
+    let loss = if demand.gradients {
+        backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk)
+    } else {
+        0
+    };
     let workspace_bytes = chunk as u64 * element * peak_width(spec, demand.gradients)
-        + if demand.gradients {
-            backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk)
-        } else {
-            0
-        };
+        + backend.product_workspace_bytes(widest, chunk)
+        + loss;
     let budget = demand.budget_bytes.saturating_sub(workspace_bytes);
 
     let first = demand.layers.first().copied().unwrap_or(0);

@@ -101,13 +101,14 @@ impl<T> Default for Pool<T> {
 }
 
 impl<T> Pool<T> {
-    /// The smallest free vector of at least `len` elements that is not wastefully large.
+    /// The smallest free vector of at least `len` elements that wastes at most an eighth: buffers live long,
+    /// and the plan counts on their size.
     fn take(&self, len: usize) -> Option<Vec<T>> {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (index, _) = free
             .iter()
             .enumerate()
-            .filter(|(_, data)| data.len() >= len && data.len() / 2 <= len)
+            .filter(|(_, data)| data.len() >= len && data.len() - len <= len / 8)
             .min_by_key(|(_, data)| data.len())?;
         Some(free.swap_remove(index))
     }
@@ -183,6 +184,10 @@ impl<T: Element> Backend for Cpu<T> {
 
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
         loss::workspace_elements(vocab_size, hidden_size, tokens) * size_of::<T>() as u64
+    }
+
+    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64 {
+        self.left_space_elements(tokens, width) as u64 * size_of::<T>() as u64
     }
 
     fn embed(&self, table: &Tensor, ids: &[u32]) -> Buf<T> {

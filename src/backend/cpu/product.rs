@@ -80,12 +80,17 @@ impl<T: Element> Cpu<T> {
 
     /// Memory for [`Cpu::left`].
     pub(super) fn left_space(&self, rows: usize, depth: usize) -> Buf<T> {
+        self.alloc(1, self.left_space_elements(rows, depth))
+    }
+
+    /// Elements of [`Cpu::left_space`]: none where the left operand is read as it is.
+    pub(super) fn left_space_elements(&self, rows: usize, depth: usize) -> usize {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if self.tiles.is_some() {
-            return self.alloc(1, amx::Left::space(rows, depth));
+            return amx::Left::space(rows, depth);
         }
         let _ = (rows, depth);
-        self.alloc(0, 0)
+        0
     }
 
     /// `x` [rows, depth] as a left operand.
