@@ -200,7 +200,7 @@ pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<u
 }
 
 impl<T: Element> Cpu<T> {
-    /// Rows `rows` of a stored [_, width] matrix, widened.
+    /// Rows `rows` of a stored `[_, width]` matrix, widened.
     pub(super) fn widen_rows(&self, matrix: &Tensor, rows: Range<usize>, width: usize) -> Buf<T> {
         let mut out = self.alloc(rows.len(), width);
         let row_bytes = width * matrix.dtype.size_bytes();
@@ -209,7 +209,7 @@ impl<T: Element> Cpu<T> {
         out
     }
 
-    /// Columns `cols` of a stored [rows, width] matrix, widened. [rows, cols.len()]
+    /// Columns `cols` of a stored `[rows, width]` matrix, widened. `[rows, cols.len()]`
     fn widen_columns(&self, matrix: &Tensor, cols: Range<usize>, width: usize) -> Buf<T> {
         let rows = matrix.len() / width;
         let mut out = self.alloc(rows, cols.len());
