@@ -7,7 +7,7 @@ use serde_json::{Map, json};
 use crate::backend::Moments;
 use crate::backend::cpu::Cpu;
 use crate::engine::{Engine, Model, Totals};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::model::op::Site;
 use crate::output::npy::Array;
 use crate::output::report::{self, LayerSummary, thousands};
@@ -105,15 +105,16 @@ fn dry_run(plan: &Plan, log: &Log) -> Result<()> {
 }
 
 /// Makes rayon's pool, which everything parallel uses, of this many threads.
+///
+/// A process has one such pool: a second run in it takes the pool as it is, which changes no result.
 fn use_threads(threads: usize) -> Result<()> {
-    // A second run in one process (a library's user) finds the pool made; results do not depend on it.
-    if rayon::current_num_threads() == threads {
-        return Ok(());
+    let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    match made {
+        Err(cause) if rayon::current_num_threads() != threads => {
+            Err(Error::new(format!("cannot start {threads} threads")).at("--threads").found(cause))
+        }
+        _ => Ok(()),
     }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .context(format!("cannot start {threads} threads"))
 }
 
 fn progress(totals: &Totals, num_samples: usize, compute_s: f64) -> String {

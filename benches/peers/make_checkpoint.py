@@ -3,8 +3,8 @@
 
     python make_checkpoint.py FOLDER [--texts 64] [--layers 24] [--seed 0]
 
-Timing needs the shapes, not the training; no value is zero or special. The tokenizer is WordLevel over the words
-w0 … w151935, so a text of n words is exactly n tokens with ids over the whole vocabulary.
+Timing needs the shapes, not the training; no value is zero or special. The tokenizer knows syllables, so a text
+of n syllables is exactly n tokens; their ids lie all over the vocabulary.
   corpus.jsonl  every text has exactly 128 tokens (no padding for anybody)
   ragged.jsonl  16 to 512 tokens, uniform
 """
@@ -47,20 +47,30 @@ def config(layers):
                 use_sliding_window=False, vocab_size=V)
 
 
-def tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    tok = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+CONSONANTS = "bcdfghjklmnpqrstvwxyz"
+VOWELS = "aeiou"
+SYLLABLES = [c + v for c in CONSONANTS + CONSONANTS.upper() for v in VOWELS + VOWELS.upper()]
+
+
+def tokenizer(folder, rng):
+    """Byte-level BPE, the only kind this model_type takes, whose merges are the syllables: a run of n syllables is n
+    tokens. Ids lie all over the vocabulary, so that the embedding and the head are read as with real text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + SYLLABLES
+    vocab = dict(zip(tokens, rng.sample(range(V), len(tokens))))
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(s) for s in SYLLABLES]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
     tok.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="PreTrainedTokenizerFast", unk_token="w0", eos_token="w0", pad_token="w0",
-        model_max_length=32768, clean_up_tokenization_spaces=False), indent=2) + "\n")
+        tokenizer_class="Qwen2Tokenizer", model_max_length=32768, add_bos_token=False), indent=2))
 
 
 def corpus(path, lengths, rng):
     with open(path, "w") as f:
         for n in lengths:
-            f.write(json.dumps({"text": " ".join(f"w{rng.randrange(1, V)}" for _ in range(n))}) + "\n")
+            f.write(json.dumps({"text": "".join(rng.choice(SYLLABLES) for _ in range(n))}) + "\n")
 
 
 def main():
@@ -75,7 +85,7 @@ def main():
     rng = random.Random(args.seed)
     corpus(args.folder / "corpus.jsonl", [args.length] * args.texts, rng)
     corpus(args.folder / "ragged.jsonl", [rng.randint(16, 512) for _ in range(args.texts)], rng)
-    tokenizer(args.folder)
+    tokenizer(args.folder, rng)
     (args.folder / "config.json").write_text(json.dumps(config(args.layers), indent=2) + "\n")
     tensors = weights(args.layers, args.seed)
     save_file(tensors, str(args.folder / "model.safetensors"), metadata={"format": "pt"})

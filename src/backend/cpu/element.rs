@@ -36,6 +36,9 @@ pub type GemmFn<T> = unsafe fn(
 
 /// Type of activations and of sums inside an op: `f32`, or `f64` for the oracle.
 pub trait Element: Float + AddAssign + Sum + Pod + Default + Send + Sync {
+    /// Whether this is `f32`.
+    const IS_F32: bool;
+
     /// Nearest value.
     fn of(value: f64) -> Self;
     /// As float64, exactly.
@@ -89,6 +92,8 @@ pub(super) fn store<T: Element>(into: &mut T, value: T, add: bool) {
 }
 
 impl Element for f64 {
+    const IS_F32: bool = false;
+
     fn of(value: f64) -> Self {
         value
     }
@@ -107,6 +112,8 @@ impl Element for f64 {
 }
 
 impl Element for f32 {
+    const IS_F32: bool = true;
+
     #[inline(always)]
     fn of(value: f64) -> Self {
         value as f32

@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::matmul::{Mat, MatMut, even_ranges, matmul};
+use super::matmul::MatMut;
+use super::product::{Left, even_ranges, product, row_bytes};
 use super::{Buf, Cpu, Element};
 use crate::backend::Chunk;
 use crate::model::Tensor;
@@ -93,13 +94,16 @@ impl<T: Element> Cpu<T> {
         }
         let x = self.padded(&gathered).unwrap_or(gathered);
         let ranges: Vec<Range<usize>> = even_ranges(weight.shape[0], TILE).collect();
+        let mut space = self.left_space(x.rows, width);
+        let left = self.left(&x, x.rows, width, &mut space);
         let mut tiles: Vec<Tile<T>> = ranges
             .into_par_iter()
             .with_max_len(1)
-            .map(|vocab| self.exponentials(&x, weight, vocab))
+            .map(|vocab| self.exponentials(&left, x.rows, weight, vocab))
             .collect();
 
         let mut log_sums = Vec::with_capacity(targets.len());
+        let mut w = vec![T::zero(); width];
         for (row, target) in targets.iter().enumerate() {
             let max = tiles.iter().fold(f64::NEG_INFINITY, |max, tile| max.max(tile.max[row].as_f64()));
             let sum: f64 =
@@ -107,7 +111,7 @@ impl<T: Element> Cpu<T> {
             let log_sum = max + sum.ln();
             log_sums.push(log_sum);
             // ⟨x, w_target⟩ again, in one dot product: the tile holds only its exponential.
-            let w = self.widen_rows(weight, target.id..target.id + 1, width);
+            T::widen(weight.dtype, row_bytes(weight, target.id..target.id + 1), &mut w);
             let logit = super::norm::dot(&x[row * width..][..width], &w);
             nats[target.sample] += log_sum - logit.as_f64();
         }
@@ -119,12 +123,12 @@ impl<T: Element> Cpu<T> {
         }
     }
 
-    fn exponentials(&self, x: &Buf<T>, weight: &Tensor, vocab: Range<usize>) -> Tile<T> {
-        let (rows, columns) = (x.rows, vocab.len());
-        let w = self.widen_rows(weight, vocab.clone(), x.width);
+    fn exponentials(&self, x: &Left<'_, T>, rows: usize, weight: &Tensor, vocab: Range<usize>) -> Tile<T> {
+        let columns = vocab.len();
         let mut exp = self.alloc(rows, columns);
-        let mut out = MatMut::new(&mut exp, rows, columns);
-        matmul(&mut out, Mat::new(x, rows, x.width), Mat::new(&w, columns, x.width).t(), T::one(), false);
+        let mut space = self.right_space(weight.dtype, weight.shape[1], columns);
+        let right = self.right_of_rows(weight, vocab.clone(), &mut space);
+        product(&mut MatMut::new(&mut exp, rows, columns), x, &right, false);
         let mut max = vec![T::neg_infinity(); rows];
         let mut sum = vec![T::zero(); rows];
         self.simd.dispatch(|| {
@@ -174,9 +178,12 @@ impl<T: Element> Cpu<T> {
                             }
                         }
                     });
-                    let w = self.widen_rows(weight, tile.vocab.clone(), width);
-                    let (dlogits, w) = (Mat::new(&tile.exp, rows, columns), Mat::new(&w, columns, width));
-                    matmul(&mut MatMut::new(&mut part, rows, width), dlogits, w, T::one(), index > 0);
+                    let mut space =
+                        [self.left_space(rows, columns), self.right_space(weight.dtype, columns, width)];
+                    let [left_space, right_space] = &mut space;
+                    let left = self.left(&tile.exp, rows, columns, left_space);
+                    let right = self.right_of_columns(weight, tile.vocab.clone(), 0..width, right_space);
+                    product(&mut MatMut::new(&mut part, rows, width), &left, &right, index > 0);
                 }
                 part
             })

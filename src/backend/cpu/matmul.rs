@@ -1,12 +1,9 @@
-//! Matrix products: strided views over the `gemm` crate, and the linear op built on them.
+//! Strided views of matrices, and their product by float multiply-adds (the `gemm` crates).
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::{Buf, Cpu, Element};
-use crate::model::Tensor;
+use super::Element;
 
 /// A read-only strided matrix. Every element lies inside the slice it was made from.
 pub(super) struct Mat<'a, T> {
@@ -125,6 +122,17 @@ impl<'a, T> MatMut<'a, T> {
         }
     }
 
+    /// First element, and the distance between rows.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub fn raw(&mut self) -> (*mut T, usize) {
+        (self.ptr, self.row_stride)
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
     /// One row.
     pub fn row(&mut self, row: usize) -> &mut [T] {
         assert!(row < self.rows);
@@ -178,109 +186,5 @@ pub(super) fn matmul<T: Element>(
             false,
             gemm_common::Parallelism::None,
         );
-    }
-}
-
-/// Fewest rows of a matrix product: below, the `gemm` crate takes paths whose rounding depends on the
-/// number of rows, and a sample's numbers would depend on its neighbours. Smaller inputs are padded.
-const MIN_ROWS: usize = 72;
-
-/// Most columns of an output tile such that the widened weight tile (`depth` × columns) stays in the cache.
-/// 128 to 256 columns run as fast as one call on a float32 matrix (measured: 276–318 against 284–320
-/// GFLOP/s on 2 cores with AVX-512), while widening a whole layer first costs 10–25 %.
-fn tile_columns(depth: usize) -> usize {
-    ((1 << 19) / depth.max(1)).clamp(128, 256)
-}
-
-/// Cuts `0..n` into the fewest ranges of at most `most`, equally long but for one element: a narrow last
-/// tile would take the `gemm` crate's paths for tiny products, which round differently.
-pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
-    let count = n.div_ceil(most);
-    (0..count).map(move |i| i * n / count..(i + 1) * n / count)
-}
-
-impl<T: Element> Cpu<T> {
-    /// Rows `rows` of a stored `[_, width]` matrix, widened.
-    pub(super) fn widen_rows(&self, matrix: &Tensor, rows: Range<usize>, width: usize) -> Buf<T> {
-        let mut out = self.alloc(rows.len(), width);
-        let row_bytes = width * matrix.dtype.size_bytes();
-        let bytes = &matrix.bytes()[rows.start * row_bytes..rows.end * row_bytes];
-        self.simd.dispatch(|| T::widen(matrix.dtype, bytes, &mut out));
-        out
-    }
-
-    /// Columns `cols` of a stored `[rows, width]` matrix, widened. `[rows, cols.len()]`
-    fn widen_columns(&self, matrix: &Tensor, cols: Range<usize>, width: usize) -> Buf<T> {
-        let rows = matrix.len() / width;
-        let mut out = self.alloc(rows, cols.len());
-        let size = matrix.dtype.size_bytes();
-        let bytes = matrix.bytes();
-        self.simd.dispatch(|| {
-            for (row, out) in out.chunks_exact_mut(cols.len()).enumerate() {
-                let start = (row * width + cols.start) * size;
-                T::widen(matrix.dtype, &bytes[start..start + cols.len() * size], out);
-            }
-        });
-        out
-    }
-
-    /// A stored vector, widened.
-    pub(super) fn widen_vector(&self, vector: &Tensor) -> Buf<T> {
-        self.widen_rows(vector, 0..1, vector.len())
-    }
-
-    /// `x` with at least `MIN_ROWS` rows, or `None` if it has them already.
-    pub(super) fn padded(&self, x: &Buf<T>) -> Option<Buf<T>> {
-        (x.rows < MIN_ROWS).then(|| {
-            let mut padded = self.zeros(MIN_ROWS, x.width);
-            padded[..x.len()].copy_from_slice(x);
-            padded
-        })
-    }
-
-    /// Drops the rows that `padded` added.
-    fn truncated(mut x: Buf<T>, rows: usize) -> Buf<T> {
-        x.rows = rows;
-        x
-    }
-
-    pub(super) fn linear_forward(&self, x: &Buf<T>, weight: &Tensor, bias: Option<&Tensor>) -> Buf<T> {
-        if let Some(padded) = self.padded(x) {
-            return Self::truncated(self.linear_forward(&padded, weight, bias), x.rows);
-        }
-        let (width, out_width) = (x.width, weight.shape[0]);
-        let mut out = self.alloc(x.rows, out_width);
-        let bias = bias.map(|bias| self.widen_vector(bias));
-        let lhs = Mat::new(x, x.rows, width);
-        let ranges: Vec<_> = even_ranges(out_width, tile_columns(width)).collect();
-        let tiles = MatMut::new(&mut out, x.rows, out_width).split_columns(ranges.iter().cloned());
-        tiles.into_par_iter().zip(ranges).with_max_len(1).for_each(|(mut tile, range)| {
-            let weight = self.widen_rows(weight, range.clone(), width);
-            matmul(&mut tile, lhs, Mat::new(&weight, range.len(), width).t(), T::one(), false);
-            if let Some(bias) = &bias {
-                for row in 0..tile.rows {
-                    tile.row(row).iter_mut().zip(&bias[range.clone()]).for_each(|(y, &b)| *y += b);
-                }
-            }
-        });
-        out
-    }
-
-    pub(super) fn linear_adjoint(&self, weight: &Tensor, dy: &Buf<T>, dx: Option<Buf<T>>) -> Buf<T> {
-        if let Some(padded) = self.padded(dy) {
-            let dx = dx.map(|dx| self.padded(&dx).unwrap_or(dx));
-            return Self::truncated(self.linear_adjoint(weight, &padded, dx), dy.rows);
-        }
-        let (out_width, width) = (dy.width, weight.shape[1]);
-        let add = dx.is_some();
-        let mut dx = dx.unwrap_or_else(|| self.alloc(dy.rows, width));
-        let lhs = Mat::new(dy, dy.rows, out_width);
-        let ranges: Vec<_> = even_ranges(width, tile_columns(out_width)).collect();
-        let tiles = MatMut::new(&mut dx, dy.rows, width).split_columns(ranges.iter().cloned());
-        tiles.into_par_iter().zip(ranges).with_max_len(1).for_each(|(mut tile, range)| {
-            let weight = self.widen_columns(weight, range.clone(), width);
-            matmul(&mut tile, lhs, Mat::new(&weight, out_width, range.len()), T::one(), add);
-        });
-        dx
     }
 }

@@ -1,19 +1,23 @@
 //! The CPU backend: the oracle every other backend is checked against, and an engine of its own.
 //!
 //! Generic over the element type: `Cpu<f32>` runs jobs, `Cpu<f64>` checks gradients against central
-//! differences. Weights stay where they lie (a mapped file); a matrix product widens the tile it is about
+//! differences. Weights stay where they lie (a mapped file); a matrix product converts the tile it is about
 //! to multiply, which stays in the cache, so no converted copy of a weight ever exists.
 //!
 //! Results do not depend on the number of threads, nor on how samples are cut into chunks: every output
 //! element is computed by one task, in an order fixed by shapes of the model and of the sample alone.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod attention;
 mod element;
 mod elementwise;
+mod linear;
 mod loss;
 mod matmul;
 mod moments;
 mod norm;
+mod product;
 mod rope;
 
 use std::ops::{Deref, DerefMut, Range};
@@ -32,12 +36,31 @@ pub struct Cpu<T> {
     pool: Arc<Pool<T>>,
     /// Compiles a closure for the instruction sets of this machine.
     simd: pulp::Arch,
+    /// The processor's tile unit, if products with stored weights run there.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    tiles: Option<amx::Amx>,
 }
 
 impl<T: Element> Cpu<T> {
-    /// A device that uses rayon's current thread pool.
+    /// A device that uses rayon's current thread pool and the fastest kernels of this processor. The
+    /// environment variable `GRADLENS_AMX=off` leaves out the tile unit.
     pub fn new() -> Self {
-        Self { pool: Arc::default(), simd: pulp::Arch::new() }
+        Self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            tiles: amx::Amx::get()
+                .filter(|_| T::IS_F32 && std::env::var_os("GRADLENS_AMX").is_none_or(|value| value != "off")),
+            ..Self::with_multiply_adds()
+        }
+    }
+
+    /// The same without the tile unit: every product by float multiply-adds.
+    pub fn with_multiply_adds() -> Self {
+        Self {
+            pool: Arc::default(),
+            simd: pulp::Arch::new(),
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            tiles: None,
+        }
     }
 
     /// A buffer with unspecified contents.

@@ -1,0 +1,177 @@
+//! Products with stored weights: which kernel, and both operands in the form it reads.
+//!
+//! Where the processor has a tile unit, float32 products run there on exact bf16 parts ([`super::amx`]);
+//! elsewhere, and for float64, weights are widened and multiplied by float multiply-adds. Either way a weight
+//! is laid out tile by tile inside the product, in a scratch buffer that stays in the cache.
+
+use std::ops::Range;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::amx;
+use super::matmul::{Mat, MatMut, matmul};
+use super::{Buf, Cpu, Element};
+use crate::model::{Dtype, Tensor};
+
+/// Fewest rows of a left operand: below, the `gemm` crate takes paths whose rounding depends on the number
+/// of rows, and a sample's numbers would depend on its neighbours. Smaller inputs are padded.
+const MIN_ROWS: usize = 72;
+
+/// The left operand [rows, depth].
+pub(super) enum Left<'a, T> {
+    /// As it is.
+    Plain(Mat<'a, T>),
+    /// In bf16 parts.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Parts(amx::Left<'a>),
+}
+
+/// The right operand [depth, cols], made from a stored weight.
+pub(super) enum Right<'a, T> {
+    /// Widened.
+    Plain(Mat<'a, T>),
+    /// In bf16 parts.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Parts(amx::Right<'a>),
+}
+
+/// dst = left·right, or dst += left·right when `add`. Runs on the calling thread.
+pub(super) fn product<T: Element>(
+    dst: &mut MatMut<'_, T>,
+    left: &Left<'_, T>,
+    right: &Right<'_, T>,
+    add: bool,
+) {
+    match (left, right) {
+        (&Left::Plain(left), &Right::Plain(right)) => matmul(dst, left, right, T::one(), add),
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        (Left::Parts(left), Right::Parts(right)) => {
+            assert_eq!(dst.shape(), (left.rows, right.cols), "shape of a product");
+            let (ptr, row_stride) = dst.raw();
+            // SAFETY: dst owns these rows and columns; parts exist for float32 only, so T is f32.
+            unsafe { amx::multiply(left, right, ptr.cast(), row_stride, add) }
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        _ => unreachable!("one Cpu lays out both operands for the same kernel"),
+    }
+}
+
+/// Cuts `0..n` into the fewest ranges of at most `most`, equally long but for one element: a narrow last
+/// tile would take the `gemm` crate's paths for tiny products, which round differently.
+pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let count = n.div_ceil(most);
+    (0..count).map(move |i| i * n / count..(i + 1) * n / count)
+}
+
+impl<T: Element> Cpu<T> {
+    /// `x` with at least [`MIN_ROWS`] rows, or `None` if it has them already.
+    pub(super) fn padded(&self, x: &Buf<T>) -> Option<Buf<T>> {
+        (x.rows < MIN_ROWS).then(|| {
+            let mut padded = self.zeros(MIN_ROWS, x.width);
+            padded[..x.len()].copy_from_slice(x);
+            padded
+        })
+    }
+
+    /// Drops the rows that [`Cpu::padded`] added.
+    pub(super) fn truncated(mut x: Buf<T>, rows: usize) -> Buf<T> {
+        x.rows = rows;
+        x
+    }
+
+    /// Memory for [`Cpu::left`].
+    pub(super) fn left_space(&self, rows: usize, depth: usize) -> Buf<T> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.tiles.is_some() {
+            return self.alloc(1, amx::Left::space(rows, depth));
+        }
+        let _ = (rows, depth);
+        self.alloc(0, 0)
+    }
+
+    /// `x` [rows, depth] as a left operand.
+    pub(super) fn left<'a>(
+        &self,
+        x: &'a [T],
+        rows: usize,
+        depth: usize,
+        space: &'a mut Buf<T>,
+    ) -> Left<'a, T> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if let Some(tiles) = self.tiles {
+            let (x, space) = (bytemuck::cast_slice(&x[..rows * depth]), bytemuck::cast_slice_mut(space));
+            return Left::Parts(amx::Left::new(tiles, x, rows, depth, space));
+        }
+        let _ = space;
+        Left::Plain(Mat::new(x, rows, depth))
+    }
+
+    /// Memory for a right operand.
+    pub(super) fn right_space(&self, dtype: Dtype, depth: usize, cols: usize) -> Buf<T> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.tiles.is_some() {
+            return self.alloc(1, amx::Right::space(dtype, depth, cols));
+        }
+        let _ = dtype;
+        self.alloc(depth, cols)
+    }
+
+    /// Rows `rows` of a stored matrix [_, depth], transposed: the product is x·Wᵀ.
+    pub(super) fn right_of_rows<'a>(
+        &self,
+        matrix: &Tensor,
+        rows: Range<usize>,
+        space: &'a mut Buf<T>,
+    ) -> Right<'a, T> {
+        let depth = matrix.shape[1];
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if let Some(tiles) = self.tiles {
+            let stored = amx::Stored { bytes: matrix.bytes(), dtype: matrix.dtype, width: depth };
+            return Right::Parts(amx::Right::from_rows(tiles, stored, rows, bytemuck::cast_slice_mut(space)));
+        }
+        let bytes = row_bytes(matrix, rows.clone());
+        self.simd.dispatch(|| T::widen(matrix.dtype, bytes, &mut space[..rows.len() * depth]));
+        Right::Plain(Mat::new(space, rows.len(), depth).t())
+    }
+
+    /// Rows `rows` and columns `cols` of a stored matrix: the product is x·W.
+    pub(super) fn right_of_columns<'a>(
+        &self,
+        matrix: &Tensor,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        space: &'a mut Buf<T>,
+    ) -> Right<'a, T> {
+        let width = matrix.shape[1];
+        let bytes = row_bytes(matrix, rows.clone());
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if let Some(tiles) = self.tiles {
+            let stored = amx::Stored { bytes, dtype: matrix.dtype, width };
+            return Right::Parts(amx::Right::from_columns(
+                tiles,
+                stored,
+                cols,
+                bytemuck::cast_slice_mut(space),
+            ));
+        }
+        let size = matrix.dtype.size_bytes();
+        self.simd.dispatch(|| {
+            for (out, bytes) in space.chunks_exact_mut(cols.len()).zip(bytes.chunks_exact(width * size)) {
+                T::widen(matrix.dtype, &bytes[cols.start * size..cols.end * size], out);
+            }
+        });
+        Right::Plain(Mat::new(space, rows.len(), cols.len()))
+    }
+
+    /// A stored vector, widened.
+    pub(super) fn widen_vector(&self, vector: &Tensor) -> Buf<T> {
+        let mut out = self.alloc(1, vector.len());
+        self.simd.dispatch(|| T::widen(vector.dtype, vector.bytes(), &mut out));
+        out
+    }
+}
+
+/// The bytes of whole rows of a stored matrix.
+pub(super) fn row_bytes(matrix: &Tensor, rows: Range<usize>) -> &[u8] {
+    let row = matrix.shape[1] * matrix.dtype.size_bytes();
+    &matrix.bytes()[rows.start * row..rows.end * row]
+}
