@@ -18,13 +18,13 @@ use crate::model::{Activation, Tensor};
 /// Whole samples that run through a layer's ops together.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Chunk {
-    /// Token ids of all samples, one after the other. [N]
+    /// Token ids of all samples, one after the other. `[N]`
     pub ids: Vec<u32>,
-    /// Sample s is rows `cu_seqlens[s]..cu_seqlens[s + 1]`. [B + 1]
+    /// Sample s is rows `cu_seqlens[s]..cu_seqlens[s + 1]`. `[B + 1]`
     pub cu_seqlens: Vec<usize>,
-    /// Index of each sample in the corpus, from 0, among kept texts. [B]
+    /// Index of each sample in the corpus, from 0, among kept texts. `[B]`
     pub indices: Vec<u64>,
-    /// Factor of each sample's summed token losses in L: 1/(T_s − 1) when L is a sample's mean. [B]
+    /// Factor of each sample's summed token losses in L: 1/(T_s − 1) when L is a sample's mean. `[B]`
     pub loss_scales: Vec<f64>,
 }
 
@@ -53,13 +53,13 @@ impl Chunk {
 /// Per-dimension sums over tokens, in float64.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Moments {
-    /// Σ v. [width]
+    /// Σ v. `[width]`
     pub sum: Vec<f64>,
-    /// Σ |v|. [width]
+    /// Σ |v|. `[width]`
     pub sum_abs: Vec<f64>,
-    /// Σ v². [width]
+    /// Σ v². `[width]`
     pub sum_sq: Vec<f64>,
-    /// max |v|. [width]
+    /// max |v|. `[width]`
     pub max_abs: Vec<f64>,
     /// Tokens counted.
     pub count: u64,
@@ -82,7 +82,7 @@ pub struct NonFinite(pub usize);
 /// Methods do not check shapes against each other for the user: the op list was built from a checked
 /// configuration. A mismatch is a bug and may panic.
 pub trait Backend {
-    /// An activation, [N, width].
+    /// An activation, `[N, width]`.
     type Buf;
     /// A weight, where this backend wants it.
     type Weight;
@@ -91,7 +91,7 @@ pub trait Backend {
 
     /// Makes a weight usable.
     fn load(&self, tensor: &Tensor) -> Result<Self::Weight>;
-    /// Rotary angles for positions `0..positions`; `inv_freq` [Hd/2].
+    /// Rotary angles for positions `0..positions`; `inv_freq` `[Hd/2]`.
     fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Self::Rope;
     /// A copy of a buffer.
     fn copy(&self, x: &Self::Buf) -> Self::Buf;
@@ -105,10 +105,10 @@ pub trait Backend {
     /// an input of `width`.
     fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64;
 
-    /// See [`crate::model::op::Op::Embed`]; → [N, D].
+    /// See [`crate::model::op::Op::Embed`]; → `[N, D]`.
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Self::Buf;
 
-    /// See [`crate::model::op::Op::Norm`]; x [N, width] → [N, width].
+    /// See [`crate::model::op::Op::Norm`]; x `[N, width]` → `[N, width]`.
     fn norm(&self, x: &Self::Buf, weight: &Self::Weight, eps: f64) -> Self::Buf;
     /// dx += r·(w∘dy) − x·r³·⟨w∘dy, x⟩/width with r = 1/√(mean(x²) + eps), per row.
     fn norm_backward(
@@ -120,12 +120,12 @@ pub trait Backend {
         dx: Option<Self::Buf>,
     ) -> Self::Buf;
 
-    /// See [`crate::model::op::Op::Linear`]; x [N, in], weight [out, in] → [N, out].
+    /// See [`crate::model::op::Op::Linear`]; x `[N, in]`, weight `[out, in]` → `[N, out]`.
     fn linear(&self, x: &Self::Buf, weight: &Self::Weight, bias: Option<&Self::Weight>) -> Self::Buf;
-    /// dx += dy·W; dy [N, out] → [N, in].
+    /// dx += dy·W; dy `[N, out]` → `[N, in]`.
     fn linear_backward(&self, weight: &Self::Weight, dy: &Self::Buf, dx: Option<Self::Buf>) -> Self::Buf;
 
-    /// See [`crate::model::op::Op::Rope`]; x [N, heads·Hd] → the same shape.
+    /// See [`crate::model::op::Op::Rope`]; x `[N, heads·Hd]` → the same shape.
     fn rope(&self, x: &Self::Buf, heads: usize, table: &Self::Rope, chunk: &Chunk) -> Self::Buf;
     /// dx += the rotation by the negated angle of dy.
     fn rope_backward(
@@ -167,8 +167,8 @@ pub trait Backend {
     /// dx += dy, the backward of each operand of an addition.
     fn add_backward(&self, dy: &Self::Buf, dx: Option<Self::Buf>) -> Self::Buf;
 
-    /// See [`crate::model::op::Op::Loss`]: nats of each sample, summed over its T_s − 1 targets [B], and
-    /// dx = Σ_s loss_scales[s]·d nats[s]/dx [N, D] (zero in each sample's last row) when `want_gradient`.
+    /// See [`crate::model::op::Op::Loss`]: nats of each sample, summed over its T_s − 1 targets `[B]`, and
+    /// `dx = Σ_s loss_scales[s]·d nats[s]/dx`, `[N, D]`, zero in each sample's last row, when `want_gradient`.
     fn loss(
         &self,
         x: &Self::Buf,

@@ -35,7 +35,7 @@ pub struct State<B: Backend> {
     pub slots: Vec<Option<B::Buf>>,
     /// dL/d slot, as far as the reversed walk has summed it.
     pub grads: Vec<Option<B::Buf>>,
-    /// Nats of each sample, summed over its targets; filled by the loss op. [B]
+    /// Nats of each sample, summed over its targets; filled by the loss op. `[B]`
     pub nats: Vec<f64>,
 }
 

@@ -71,7 +71,7 @@ pub struct Totals {
     pub loss_nats: Option<f64>,
     /// Next tokens predicted.
     pub targets: u64,
-    /// Forward, backward and statistics of each layer, seconds. [L]
+    /// Forward, backward and statistics of each layer, seconds. `[L]`
     pub layer_s: Vec<f64>,
     /// Embedding, output head and loss, seconds.
     pub head_s: f64,
@@ -88,7 +88,7 @@ pub struct Engine<'a, B: Backend> {
 /// One chunk's way through a pass.
 struct Stream<B: Backend> {
     chunk: Chunk,
-    /// The residual stream, later its gradient; [N, D]. `None` only while a block holds it.
+    /// The residual stream, later its gradient; `[N, D]`. `None` only while a block holds it.
     residual: Option<B::Buf>,
     /// Per layer what its backward needs.
     saved: Vec<Option<State<B>>>,

@@ -16,11 +16,11 @@ pub struct Spec {
     pub vocab_size: usize,
     /// Hd.
     pub head_dim: usize,
-    /// Rotary frequencies of the pairs (j, j + Hd/2), radians per position. [Hd/2]
+    /// Rotary frequencies of the pairs (j, j + Hd/2), radians per position. `[Hd/2]`
     pub inv_freq: Vec<f32>,
     /// Token ids → the residual stream.
     pub embed: Block,
-    /// One per layer: residual stream in, residual stream out. [L]
+    /// One per layer: residual stream in, residual stream out. `[L]`
     pub blocks: Vec<Block>,
     /// Residual stream → loss.
     pub head: Block,

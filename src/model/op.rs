@@ -17,7 +17,7 @@ pub struct Weight(pub usize);
 /// A named place in a block whose value or gradient can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Site {
-    /// Output of `model.layers.i.mlp`, as a forward hook on that module sees it. [N, D]
+    /// Output of `model.layers.i.mlp`, as a forward hook on that module sees it. `[N, D]`
     Mlp,
 }
 
@@ -49,15 +49,15 @@ pub struct Attention {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the fields are the operands of the formula above each variant")]
 pub enum Op {
-    /// `out[n] = table[ids[n]]`; table [V, D].
+    /// `out[n] = table[ids[n]]`; table `[V, D]`.
     Embed { table: Weight, out: Slot },
-    /// RMSNorm: `out = w ∘ x / √(mean(x²) + eps)`; w [width].
+    /// RMSNorm: `out = w ∘ x / √(mean(x²) + eps)`; w `[width]`.
     Norm { x: Slot, weight: Weight, eps: f64, out: Slot },
-    /// `out = x Wᵀ + b`; W [width(out), width(x)], b [width(out)].
+    /// `out = x Wᵀ + b`; W `[width(out), width(x)]`, b `[width(out)]`.
     Linear { x: Slot, weight: Weight, bias: Option<Weight>, out: Slot },
     /// Rotary embedding of each head, half-split as in Hugging Face: pairs (j, j + Hd/2).
     Rope { x: Slot, heads: usize, out: Slot },
-    /// Causal softmax attention inside each sample; q [N, H·Hd], k and v [N, K·Hd], out [N, H·Hd].
+    /// Causal softmax attention inside each sample; q `[N, H·Hd]`, k and v `[N, K·Hd]`, out `[N, H·Hd]`.
     Attend { q: Slot, k: Slot, v: Slot, attention: Attention, out: Slot },
     /// `out = act(gate) ∘ up`.
     Gate { gate: Slot, up: Slot, activation: Activation, out: Slot },
@@ -65,7 +65,7 @@ pub enum Op {
     Add { a: Slot, b: Slot, out: Slot },
     /// Shows `x`, and on the way back dL/dx, to whoever asked for the site.
     Tap { site: Site, x: Slot },
-    /// Next-token cross-entropy of `x Wᵀ` in nats; W [V, D].
+    /// Next-token cross-entropy of `x Wᵀ` in nats; W `[V, D]`.
     Loss { x: Slot, weight: Weight },
 }
 

@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 use super::{Rope, RopeScaling};
 
 impl Rope {
-    /// Angle per position of each pair (j, j + Hd/2), in radians: θ^(−2j/Hd), then scaled. [Hd/2]
+    /// Angle per position of each pair (j, j + Hd/2), in radians: θ^(−2j/Hd), then scaled. `[Hd/2]`
     ///
     /// Checkpoints were trained with, and transformers computes with, float32 frequencies; at position
     /// 100,000 their rounding is a visible angle. So each is rounded to float32 here, at the steps where

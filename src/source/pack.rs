@@ -10,13 +10,13 @@ use crate::error::{Error, Result};
 /// N tokens of B whole samples, ragged, in corpus order. Samples without tokens are left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pass {
-    /// Token ids [N].
+    /// Token ids `[N]`.
     pub ids: Vec<u32>,
     /// Where samples start and end in `ids` [B+1]: 0, …, N; strictly rising.
     pub cu_seqlens: Vec<usize>,
-    /// Which kept text each sample is, from 0 [B]; rising, with gaps only where a text has no tokens.
+    /// Which kept text each sample is, from 0 `[B]`; rising, with gaps only where a text has no tokens.
     pub samples: Vec<u64>,
-    /// Σ max(T−1, 0) over the batch of each sample [B]: the consecutive `batch_size` kept texts it belongs to.
+    /// Σ max(T−1, 0) over the batch of each sample `[B]`: the consecutive `batch_size` kept texts it belongs to.
     pub batch_targets: Vec<u64>,
 }
 

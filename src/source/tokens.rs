@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// The token ids of one text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// Token ids [T], special tokens included, all below V.
+    /// Token ids `[T]`, special tokens included, all below V.
     pub ids: Vec<u32>,
     /// Whether the text had more tokens than `max_length`.
     pub truncated: bool,

@@ -41,7 +41,7 @@ pub struct Tap {
 
 /// Receives what the walks show. The walks know no statistics; a sink knows no model.
 pub trait Sink<B: Backend> {
-    /// Takes in one chunk at one tap. For a tap, chunks come in corpus order. `x` [N, width]
+    /// Takes in one chunk at one tap. For a tap, chunks come in corpus order. `x` `[N, width]`
     ///
     /// # Errors
     /// A NaN or an infinity, with its layer and sample.

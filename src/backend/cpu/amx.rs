@@ -95,7 +95,7 @@ fn lines(space: &mut [f32], len: usize) -> &mut [Line] {
     &mut lines[..len]
 }
 
-/// The left operand [rows, depth], split into parts. For each block of rows and each step of depth: part,
+/// The left operand `[rows, depth]`, split into parts. For each block of rows and each step of depth: part,
 /// row, 32 values of depth.
 pub struct Left<'a> {
     lines: &'a [Line],
@@ -110,7 +110,7 @@ impl<'a> Left<'a> {
         floats(rows.div_ceil(BLOCK) * depth.div_ceil(BLOCK) * PARTS * BLOCK)
     }
 
-    /// Splits `x`, row-major [rows, depth], into `space`. Large ones on all threads.
+    /// Splits `x`, row-major `[rows, depth]`, into `space`. Large ones on all threads.
     pub fn new(_: Amx, x: &[f32], rows: usize, depth: usize, space: &'a mut [f32]) -> Self {
         // Elements below which handing out work takes longer than doing it.
         const SMALL: usize = 1 << 17;
@@ -194,7 +194,7 @@ impl Stored<'_> {
     }
 }
 
-/// The right operand [depth, cols], split into parts. For each block of columns and each step of depth: part,
+/// The right operand `[depth, cols]`, split into parts. For each block of columns and each step of depth: part,
 /// half of the columns, pair of depths, 16 columns of two values of depth.
 pub struct Right<'a> {
     lines: &'a [Line],
@@ -421,11 +421,11 @@ impl Drop for Tiles {
     }
 }
 
-/// Sums of a block, row-major [32, 32].
+/// Sums of a block, row-major `[32, 32]`.
 #[repr(C, align(64))]
 struct Sums([f32; BLOCK * BLOCK]);
 
-/// dst = left·right, or dst += left·right when `add`; row-major [rows, cols] with rows `row_stride` apart.
+/// dst = left·right, or dst += left·right when `add`; row-major `[rows, cols]` with rows `row_stride` apart.
 ///
 /// # Safety
 /// These elements of `dst` must be readable and writable by this thread alone.
@@ -464,7 +464,7 @@ pub unsafe fn multiply(left: &Left<'_>, right: &Right<'_>, dst: *mut f32, row_st
 /// Writes or adds the part of a block that is not padding.
 ///
 /// # Safety
-/// dst must be readable and writable, [rows, cols] with rows `row_stride` apart; rows and cols at most 32.
+/// dst must be readable and writable, `[rows, cols]` with rows `row_stride` apart; rows and cols at most 32.
 #[target_feature(enable = "avx512f")]
 unsafe fn store(sums: &Sums, dst: *mut f32, row_stride: usize, rows: usize, cols: usize, add: bool) {
     let columns = mask(cols);

@@ -34,7 +34,7 @@ fn blocks(length: usize, window: Option<usize>) -> impl Iterator<Item = Block> {
     })
 }
 
-/// Turns the scores of a block [queries, keys] into probabilities, zero where a row does not see a key.
+/// Turns the scores of a block `[queries, keys]` into probabilities, zero where a row does not see a key.
 #[inline(always)]
 fn softmax<T: Element>(scores: &mut [T], block: &Block, window: Option<usize>) {
     for (row, scores) in block.queries.clone().zip(scores.chunks_exact_mut(block.keys.len())) {
@@ -105,7 +105,7 @@ impl<'a, T: Element> Task<'a, T> {
 }
 
 impl<T: Element> Cpu<T> {
-    /// P of a block, row-major [queries, keys].
+    /// P of a block, row-major `[queries, keys]`.
     fn probabilities(&self, task: &Task<'_, T>, block: &Block, head: usize) -> Buf<T> {
         let (queries, keys) = (block.queries.len(), block.keys.len());
         let mut scores = self.alloc(queries, keys);

@@ -46,11 +46,11 @@ struct Target {
 /// Exponentials of one vocabulary tile.
 struct Tile<T> {
     vocab: Range<usize>,
-    /// exp(z − max), [rows, vocab.len()].
+    /// exp(z − max), `[rows, vocab.len()]`.
     exp: Buf<T>,
-    /// Largest logit of each row. [rows]
+    /// Largest logit of each row. `[rows]`
     max: Vec<T>,
-    /// Σ exp(z − max) of each row. [rows]
+    /// Σ exp(z − max) of each row. `[rows]`
     sum: Vec<T>,
 }
 
@@ -148,7 +148,7 @@ impl<T: Element> Cpu<T> {
         Tile { vocab, exp, max, sum }
     }
 
-    /// Σ over the vocabulary of (p − onehot)·scale·W, [rows, D].
+    /// Σ over the vocabulary of (p − onehot)·scale·W, `[rows, D]`.
     fn cross_entropy_gradient(
         &self,
         x: &Buf<T>,

@@ -77,7 +77,7 @@ impl<T: Element> Cpu<T> {
         buf
     }
 
-    /// Makes a buffer from row-major values. [rows, width]
+    /// Makes a buffer from row-major values. `[rows, width]`
     pub fn from_slice(&self, values: &[T], width: usize) -> Buf<T> {
         let mut buf = self.alloc(values.len() / width, width);
         buf.copy_from_slice(values);
@@ -118,7 +118,7 @@ impl<T> Pool<T> {
     }
 }
 
-/// An activation, row-major [rows, width]; dereferences to its elements.
+/// An activation, row-major `[rows, width]`; dereferences to its elements.
 pub struct Buf<T> {
     /// At least rows·width elements; what lies beyond is not part of the buffer.
     data: Vec<T>,

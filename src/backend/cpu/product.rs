@@ -16,7 +16,7 @@ use crate::model::{Dtype, Tensor};
 /// of rows, and a sample's numbers would depend on its neighbours. Smaller inputs are padded.
 const MIN_ROWS: usize = 72;
 
-/// The left operand [rows, depth].
+/// The left operand `[rows, depth]`.
 pub(super) enum Left<'a, T> {
     /// As it is.
     Plain(Mat<'a, T>),
@@ -25,7 +25,7 @@ pub(super) enum Left<'a, T> {
     Parts(amx::Left<'a>),
 }
 
-/// The right operand [depth, cols], made from a stored weight.
+/// The right operand `[depth, cols]`, made from a stored weight.
 pub(super) enum Right<'a, T> {
     /// Widened.
     Plain(Mat<'a, T>),
@@ -93,7 +93,7 @@ impl<T: Element> Cpu<T> {
         0
     }
 
-    /// `x` [rows, depth] as a left operand.
+    /// `x` `[rows, depth]` as a left operand.
     pub(super) fn left<'a>(
         &self,
         x: &'a [T],
@@ -120,7 +120,7 @@ impl<T: Element> Cpu<T> {
         self.alloc(depth, cols)
     }
 
-    /// Rows `rows` of a stored matrix [_, depth], transposed: the product is x·Wᵀ.
+    /// Rows `rows` of a stored matrix `[_, depth]`, transposed: the product is x·Wᵀ.
     pub(super) fn right_of_rows<'a>(
         &self,
         matrix: &Tensor,

@@ -1,4 +1,4 @@
-//! Rotary position embeddings: each pair (j, j + Hd/2) of a head turns by position·inv_freq[j].
+//! Rotary position embeddings: each pair (j, j + Hd/2) of a head turns by `position·inv_freq[j]`.
 
 use rayon::prelude::*;
 
@@ -8,7 +8,7 @@ use crate::backend::Chunk;
 
 /// Cosine and sine of the angle of every pair at every position.
 pub struct RopeTable<T> {
-    /// (cos, sin), [positions, Hd/2].
+    /// (cos, sin), `[positions, Hd/2]`.
     angles: Vec<(T, T)>,
     /// Hd/2.
     pairs: usize,
