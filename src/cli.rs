@@ -38,7 +38,7 @@ pub struct LayerArgs {
     pub model_name: String,
 
     /// Layers to analyse: `0-23`, `0,5,10`, `0-3,8,20-23`; every layer if left out
-    #[arg(long, help_heading = "Model")]
+    #[arg(long, allow_hyphen_values = true, help_heading = "Model")]
     pub layers: Option<String>,
 
     /// Texts: .jsonl, .json, .txt (one text per line), each also as .gz, or a folder of these
@@ -124,7 +124,7 @@ pub struct LayerArgs {
     pub tokens_per_pass: Option<usize>,
 
     /// Memory for activations, in GiB; half of what is free if left out
-    #[arg(long, value_name = "GIB", help_heading = "Machine")]
+    #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
     pub memory: Option<f64>,
 }
 

@@ -36,24 +36,28 @@ pub fn run(plan: &Plan, log: &Log) -> Result<()> {
     let mut timing = Timing::default();
     use_threads(plan.threads)?;
 
-    let cpu = Cpu::<f32>::new();
-    let model = Model::load(&cpu, plan.spec.clone(), &plan.tensors)?;
-    timing.set("model_loading", started.elapsed().as_secs_f64());
+    // Texts before weights: a dataset that cannot be read says so at once, not after a large model is loaded.
     let opening = Instant::now();
     let tokens = plan.open_tokens()?;
     if let Some(note) = tokens.note() {
         log.warn(note);
     }
     let mut passes = Passes::start(plan.open_texts()?, tokens, plan.passes);
+    let mut next = passes.next().transpose()?;
+    if next.is_none() {
+        check_counts(plan, &passes.counts(), &Totals::default())?;
+    }
     let mut preparation_s = opening.elapsed().as_secs_f64();
+
+    let loading = Instant::now();
+    let cpu = Cpu::<f32>::new();
+    let model = Model::load(&cpu, plan.spec.clone(), &plan.tensors)?;
+    timing.set("model_loading", loading.elapsed().as_secs_f64());
 
     let mut sink = MomentSink::new(&plan.engine.layers, plan.spec.hidden_size);
     let mut engine = Engine::new(&cpu, &model, plan.engine.clone());
     let (mut compute_s, mut said) = (0.0, Instant::now());
-    loop {
-        let waiting = Instant::now();
-        let Some(pass) = passes.next().transpose()? else { break };
-        preparation_s += waiting.elapsed().as_secs_f64();
+    while let Some(pass) = next {
         let computing = Instant::now();
         engine.run(&pass, &mut sink)?;
         compute_s += computing.elapsed().as_secs_f64();
@@ -61,6 +65,9 @@ pub fn run(plan: &Plan, log: &Log) -> Result<()> {
             said = Instant::now();
             log.note(&progress(engine.totals(), plan.texts.num_samples, compute_s));
         }
+        let waiting = Instant::now();
+        next = passes.next().transpose()?;
+        preparation_s += waiting.elapsed().as_secs_f64();
     }
     timing.set("dataset_preparation", preparation_s);
     timing.set("compute", compute_s);
@@ -87,6 +94,8 @@ pub fn run(plan: &Plan, log: &Log) -> Result<()> {
 
 /// Prints the plan and what the dataset holds.
 fn dry_run(plan: &Plan, log: &Log) -> Result<()> {
+    // Opened and dropped: what it made is removed again.
+    drop(Target::prepare(&plan.output)?);
     plan.open_tokens()?;
     let mut texts = plan.open_texts()?;
     texts.by_ref().try_for_each(|text| text.map(drop))?;

@@ -133,15 +133,12 @@ mod tests {
     use crate::model::{Config, describe};
 
     fn spec() -> Spec {
-        let text = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 256,
-            "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 100, "rms_norm_eps": 1e-5}"#;
-        describe(
-            &Config::from_json(
-                &text.replace("llama", crate::model::arch::ARCHITECTURES[0].model_type),
-                "config.json".as_ref(),
-            )
-            .unwrap(),
-        )
+        let text = format!(
+            r#"{{"model_type": "{}", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8,
+            "num_attention_heads": 4, "vocab_size": 100, "rms_norm_eps": 1e-5}}"#,
+            crate::model::arch::ARCHITECTURES[0].model_type
+        );
+        describe(&Config::from_json(&text, "config.json".as_ref()).unwrap())
     }
 
     fn demand(spec: &Spec, budget_bytes: u64) -> Demand<'_> {

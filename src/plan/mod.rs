@@ -311,14 +311,16 @@ fn model_folder(model_name: &str) -> Result<PathBuf> {
     if folder.is_dir() {
         return Ok(folder);
     }
-    let found = if folder.exists() { "a file" } else { "no such folder" };
-    Err(Error::new("the model is not a folder on this machine")
+    let error = Error::new("the model is not a folder on this machine")
         .at(format!("--model_name {model_name}"))
-        .expected("a folder with config.json, tokenizer.json and *.safetensors")
-        .found(found)
-        .hint(format!(
+        .expected("a folder with config.json, tokenizer.json and *.safetensors");
+    Err(if folder.exists() {
+        error.found("a file").hint("give the folder that holds it")
+    } else {
+        error.found("no such folder").hint(format!(
             "download it first, `hf download {model_name} --local-dir FOLDER`, and give --model_name FOLDER"
-        )))
+        ))
+    })
 }
 
 fn check_device(args: &LayerArgs) -> Result<()> {

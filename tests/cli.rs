@@ -1,0 +1,24 @@
+//! The built program in a fresh folder, as a user meets it. One file per question:
+//!
+//! * `help`: what the program says about itself and about a plan
+//! * `results`: which files a run writes and what is in them
+//! * `same_bytes`: what must not change a result, and what must
+//! * `bad_flags`, `bad_model`, `bad_texts`: every wrong input, its message, and that nothing stays behind
+#![allow(clippy::unwrap_used)]
+
+#[path = "cli/bad_flags.rs"]
+mod bad_flags;
+#[path = "cli/bad_model.rs"]
+mod bad_model;
+#[path = "cli/bad_texts.rs"]
+mod bad_texts;
+#[path = "cli/dir.rs"]
+mod dir;
+#[path = "cli/files.rs"]
+mod files;
+#[path = "cli/help.rs"]
+mod help;
+#[path = "cli/results.rs"]
+mod results;
+#[path = "cli/same_bytes.rs"]
+mod same_bytes;
