@@ -323,7 +323,11 @@ fn moments_add_up_and_name_the_bad_sample() {
 /// cut into chunks.
 #[test]
 fn rows_do_not_depend_on_their_neighbours() {
-    let cpu = Cpu::<f32>::new();
+    rows_alone_and_together(&Cpu::new());
+    rows_alone_and_together(&Cpu::with_multiply_adds());
+}
+
+fn rows_alone_and_together(cpu: &Cpu<f32>) {
     // Deeper than a block of the matrix product, narrow and wide.
     for (width, out) in [(20, 64), (896, 64), (896, 600), (2000, 33), (4864, 130)] {
         let mut random = Random::new(8);

@@ -123,7 +123,6 @@ impl<'a, T> MatMut<'a, T> {
     }
 
     /// First element, and the distance between rows.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub fn raw(&mut self) -> (*mut T, usize) {
         (self.ptr, self.row_stride)
     }

@@ -7,7 +7,7 @@
 //! Results do not depend on the number of threads, nor on how samples are cut into chunks: every output
 //! element is computed by one task, in an order fixed by shapes of the model and of the sample alone.
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), path = "amx/absent.rs")]
 mod amx;
 mod attention;
 mod element;
@@ -37,7 +37,6 @@ pub struct Cpu<T> {
     /// Compiles a closure for the instruction sets of this machine.
     simd: pulp::Arch,
     /// The processor's tile unit, if products with stored weights run there.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     tiles: Option<amx::Amx>,
 }
 
@@ -46,7 +45,6 @@ impl<T: Element> Cpu<T> {
     /// environment variable `GRADLENS_AMX=off` leaves out the tile unit.
     pub fn new() -> Self {
         Self {
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             tiles: amx::Amx::get()
                 .filter(|_| T::IS_F32 && std::env::var_os("GRADLENS_AMX").is_none_or(|value| value != "off")),
             ..Self::with_multiply_adds()
@@ -55,12 +53,7 @@ impl<T: Element> Cpu<T> {
 
     /// The same without the tile unit: every product by float multiply-adds.
     pub fn with_multiply_adds() -> Self {
-        Self {
-            pool: Arc::default(),
-            simd: pulp::Arch::new(),
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            tiles: None,
-        }
+        Self { pool: Arc::default(), simd: pulp::Arch::new(), tiles: None }
     }
 
     /// A buffer with unspecified contents.

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx;
 use super::matmul::{Mat, MatMut, matmul};
 use super::{Buf, Cpu, Element};
@@ -21,7 +20,6 @@ pub(super) enum Left<'a, T> {
     /// As it is.
     Plain(Mat<'a, T>),
     /// In bf16 parts.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Parts(amx::Left<'a>),
 }
 
@@ -30,7 +28,6 @@ pub(super) enum Right<'a, T> {
     /// Widened.
     Plain(Mat<'a, T>),
     /// In bf16 parts.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Parts(amx::Right<'a>),
 }
 
@@ -43,14 +40,11 @@ pub(super) fn product<T: Element>(
 ) {
     match (left, right) {
         (&Left::Plain(left), &Right::Plain(right)) => matmul(dst, left, right, T::one(), add),
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         (Left::Parts(left), Right::Parts(right)) => {
-            assert_eq!(dst.shape(), (left.rows, right.cols), "shape of a product");
-            let (ptr, row_stride) = dst.raw();
+            let (shape, (ptr, row_stride)) = (dst.shape(), dst.raw());
             // SAFETY: dst owns these rows and columns; parts exist for float32 only, so T is f32.
-            unsafe { amx::multiply(left, right, ptr.cast(), row_stride, add) }
+            unsafe { amx::multiply(left, right, ptr.cast(), shape, row_stride, add) }
         }
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         _ => unreachable!("one Cpu lays out both operands for the same kernel"),
     }
 }
@@ -85,11 +79,9 @@ impl<T: Element> Cpu<T> {
 
     /// Elements of [`Cpu::left_space`]: none where the left operand is read as it is.
     pub(super) fn left_space_elements(&self, rows: usize, depth: usize) -> usize {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if self.tiles.is_some() {
             return amx::Left::space(rows, depth);
         }
-        let _ = (rows, depth);
         0
     }
 
@@ -101,22 +93,18 @@ impl<T: Element> Cpu<T> {
         depth: usize,
         space: &'a mut Buf<T>,
     ) -> Left<'a, T> {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if let Some(tiles) = self.tiles {
             let (x, space) = (bytemuck::cast_slice(&x[..rows * depth]), bytemuck::cast_slice_mut(space));
             return Left::Parts(amx::Left::new(tiles, x, rows, depth, space));
         }
-        let _ = space;
         Left::Plain(Mat::new(x, rows, depth))
     }
 
     /// Memory for a right operand.
     pub(super) fn right_space(&self, dtype: Dtype, depth: usize, cols: usize) -> Buf<T> {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if self.tiles.is_some() {
             return self.alloc(1, amx::Right::space(dtype, depth, cols));
         }
-        let _ = dtype;
         self.alloc(depth, cols)
     }
 
@@ -128,7 +116,6 @@ impl<T: Element> Cpu<T> {
         space: &'a mut Buf<T>,
     ) -> Right<'a, T> {
         let depth = matrix.shape[1];
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if let Some(tiles) = self.tiles {
             let stored = amx::Stored { bytes: matrix.bytes(), dtype: matrix.dtype, width: depth };
             return Right::Parts(amx::Right::from_rows(tiles, stored, rows, bytemuck::cast_slice_mut(space)));
@@ -148,7 +135,6 @@ impl<T: Element> Cpu<T> {
     ) -> Right<'a, T> {
         let width = matrix.shape[1];
         let bytes = row_bytes(matrix, rows.clone());
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if let Some(tiles) = self.tiles {
             let stored = amx::Stored { bytes, dtype: matrix.dtype, width };
             return Right::Parts(amx::Right::from_columns(
