@@ -118,3 +118,13 @@ fn outputs_on_a_system_that_takes_none() {
     dir.refuse(1, &save("--output_dir /proc/results"), &["/proc/results", "--output_dir"]);
     dir.refuse(1, &format!("{LAYER} --save_consolidated /proc/r.npz"), &["/proc", "--save_consolidated"]);
 }
+
+/// A system that grants no threads is no reason to panic. (No address space has room for such a stack.)
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn threads_that_the_system_refuses() {
+    let dir = Dir::with("qwen2");
+    let before = dir.listing();
+    let run = dir.run_where("RUST_MIN_STACK", "1125899906842624", &save("--threads 3"));
+    dir.check_refusal(&run, 1, &before, &["cannot start 3 threads", "--threads", "hint: "]);
+}
