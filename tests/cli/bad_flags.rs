@@ -128,3 +128,12 @@ fn threads_that_the_system_refuses() {
     let run = dir.run_where("RUST_MIN_STACK", "1125899906842624", &save("--threads 3"));
     dir.check_refusal(&run, 1, &before, &["cannot start 3 threads", "--threads", "hint: "]);
 }
+
+/// The status tells of the error even where nobody reads the message, as in `2>&1 | head -0`.
+#[test]
+fn nobody_reads_the_message() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gradlens"));
+    assert_eq!(command.args(["layer", "--device", "tpu"]).stderr(writer).status().unwrap().code(), Some(2));
+}
