@@ -1,5 +1,6 @@
 //! The program: command line → plan → run.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -15,7 +16,8 @@ fn main() -> ExitCode {
     match job(&cli.command, &log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // `eprintln!` would panic where nobody reads stderr any more.
+            let _ = writeln!(io::stderr(), "error: {error}");
             match error.kind() {
                 Kind::Failed => ExitCode::from(1),
                 Kind::Usage => ExitCode::from(2),

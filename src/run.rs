@@ -1,5 +1,6 @@
 //! Plan → results: the only file that sees every stage.
 
+use std::error::Error as _;
 use std::time::Instant;
 
 use serde_json::{Map, json};
@@ -119,8 +120,14 @@ fn dry_run(plan: &Plan, log: &Log) -> Result<()> {
 fn use_threads(threads: usize) -> Result<()> {
     let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     match made {
-        Err(cause) if rayon::current_num_threads() != threads => {
-            Err(Error::new(format!("cannot start {threads} threads")).at("--threads").found(cause))
+        // A refusal of the system has a cause; without one the pool was there. (Where there is none, rayon panics
+        // when it is asked for its number of threads.)
+        Err(refusal) if refusal.source().is_some() || rayon::current_num_threads() != threads => {
+            Err(Error::new(format!("cannot start {threads} threads"))
+                .at("--threads")
+                .expected("as many threads as the system grants, the same in all runs of one process")
+                .found(refusal)
+                .hint("leave --threads out for one thread per core"))
         }
         _ => Ok(()),
     }

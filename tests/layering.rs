@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use gradlens::model::arch::ARCHITECTURES;
 
 /// Lines of a file: about 400, and nobody splits a file for the last few.
-const MAX_LINES: [(&str, usize); 2] = [("src", 450), ("tests", 500)];
+const MAX_LINES: usize = 450;
+/// Files that are to be split, with the lines they may have until then.
+const TO_SPLIT: [(&str, usize); 2] = [("src/backend/cpu/amx.rs", 600), ("tests/config.rs", 500)];
 
 /// Models whose names are those of architectures, or of rows that are planned.
 const FAMILIES: [&str; 8] = ["llama", "mistral", "qwen", "qwen2", "zephyr", "yi", "mixtral", "gemma"];
@@ -228,11 +230,12 @@ fn architectures_have_names_in_the_table_alone() {
 
 #[test]
 fn files_are_short() {
-    for (folder, limit) in MAX_LINES {
-        for Source { path, text } in sources(folder) {
-            let lines = text.lines().count();
-            assert!(lines <= limit, "{path} has {lines} lines, more than {limit}: split it by family");
-        }
+    for Source { path, text } in sources("src").into_iter().chain(sources("tests")) {
+        let lines = text.lines().count();
+        let granted = TO_SPLIT.iter().find(|(file, _)| *file == path);
+        let limit = granted.map_or(MAX_LINES, |(_, limit)| *limit);
+        assert!(lines <= limit, "{path} has {lines} lines, more than {limit}: split it by family");
+        assert!(granted.is_none() || lines > MAX_LINES, "{path} is short: take it off the list");
     }
 }
 

@@ -118,3 +118,22 @@ fn outputs_on_a_system_that_takes_none() {
     dir.refuse(1, &save("--output_dir /proc/results"), &["/proc/results", "--output_dir"]);
     dir.refuse(1, &format!("{LAYER} --save_consolidated /proc/r.npz"), &["/proc", "--save_consolidated"]);
 }
+
+/// A system that grants no threads is no reason to panic. (No address space has room for such a stack.)
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn threads_that_the_system_refuses() {
+    let dir = Dir::with("qwen2");
+    let before = dir.listing();
+    let run = dir.run_where("RUST_MIN_STACK", "1125899906842624", &save("--threads 3"));
+    dir.check_refusal(&run, 1, &before, &["cannot start 3 threads", "--threads", "hint: "]);
+}
+
+/// The status tells of the error even where nobody reads the message, as in `2>&1 | head -0`.
+#[test]
+fn nobody_reads_the_message() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_gradlens"));
+    assert_eq!(command.args(["layer", "--device", "tpu"]).stderr(writer).status().unwrap().code(), Some(2));
+}

@@ -92,13 +92,24 @@ impl Dir {
     /// The same, with further arguments that may be empty or hold blanks.
     pub fn run_with(&self, args: &str, more: &[&str]) -> Run {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
-        command.args(args.split_whitespace()).args(more).current_dir(self.root.path());
-        for variable in ["RAYON_NUM_THREADS", "RUST_BACKTRACE"] {
-            command.env_remove(variable);
-        }
-        let output = command.output().unwrap();
+        self.finish(command.args(args.split_whitespace()).args(more))
+    }
+
+    /// The same as [`Dir::run`], with an environment variable set.
+    pub fn run_where(&self, variable: &str, value: &str, args: &str) -> Run {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
+        self.finish(command.args(args.split_whitespace()).env(variable, value))
+    }
+
+    fn finish(&self, command: &mut Command) -> Run {
+        let output = command
+            .current_dir(self.root.path())
+            .env_remove("RAYON_NUM_THREADS")
+            .env_remove("RUST_BACKTRACE")
+            .output()
+            .unwrap();
         Run {
-            command: format!("gradlens {args} {more:?}"),
+            command: format!("{command:?}"),
             cwd: self.root.path().to_owned(),
             code: output.status.code(),
             stdout: String::from_utf8(output.stdout).unwrap(),
@@ -140,6 +151,13 @@ impl Dir {
     fn refused(&self, code: i32, args: &str, more: &[&str], says: &[&str]) -> Run {
         let before = self.listing();
         let run = self.run_with(args, more);
+        self.check_refusal(&run, code, &before, says);
+        run
+    }
+
+    /// What holds for every failure; `before` is the listing before the run.
+    #[track_caller]
+    pub fn check_refusal(&self, run: &Run, code: i32, before: &[String], says: &[&str]) {
         run.check(run.code == Some(code), &format!("must end with {code}"));
         run.check(run.stderr.starts_with("error: "), "must begin with `error: `");
         run.check(!run.stderr.contains("panicked"), "must not panic");
@@ -149,7 +167,6 @@ impl Dir {
         }
         let after = self.listing();
         run.check(after == before, &format!("must leave nothing behind: {after:#?}"));
-        run
     }
 }
 
