@@ -10,9 +10,6 @@ use gradlens::model::arch::ARCHITECTURES;
 
 /// Lines of a file: about 400, and nobody splits a file for the last few.
 const MAX_LINES: usize = 450;
-/// Files that are to be split, with the lines they may have until then.
-const TO_SPLIT: [(&str, usize); 2] = [("src/backend/cpu/amx.rs", 600), ("tests/config.rs", 500)];
-
 /// Models whose names are those of architectures, or of rows that are planned.
 const FAMILIES: [&str; 8] = ["llama", "mistral", "qwen", "qwen2", "zephyr", "yi", "mixtral", "gemma"];
 /// A model, not an architecture: the default of the command line.
@@ -232,10 +229,7 @@ fn architectures_have_names_in_the_table_alone() {
 fn files_are_short() {
     for Source { path, text } in sources("src").into_iter().chain(sources("tests")) {
         let lines = text.lines().count();
-        let granted = TO_SPLIT.iter().find(|(file, _)| *file == path);
-        let limit = granted.map_or(MAX_LINES, |(_, limit)| *limit);
-        assert!(lines <= limit, "{path} has {lines} lines, more than {limit}: split it by family");
-        assert!(granted.is_none() || lines > MAX_LINES, "{path} is short: take it off the list");
+        assert!(lines <= MAX_LINES, "{path} has {lines} lines, more than {MAX_LINES}: split it by family");
     }
 }
 

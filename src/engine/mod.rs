@@ -5,7 +5,7 @@ mod forward;
 mod pass;
 
 pub use backward::backward;
-pub use forward::forward;
+pub use forward::{Keep, forward};
 pub use pass::{Engine, EngineSpec, LossReduction, Totals};
 
 use crate::backend::Backend;
