@@ -150,6 +150,13 @@ pub unsafe fn multiply(
                 // `store` needs are there, since a Left is.
                 unsafe {
                     let dst = dst.add(row * row_stride + col);
+                    // Asks for the destination long before the sums are there: its rows are far apart in
+                    // memory, and the stores would wait for 64 lines.
+                    for row in 0..rows {
+                        let dst = dst.add(row * row_stride).cast::<i8>();
+                        _mm_prefetch::<_MM_HINT_ET0>(dst);
+                        _mm_prefetch::<_MM_HINT_ET0>(dst.wrapping_add(size_of::<Line>()));
+                    }
                     if rows == BLOCK && cols == BLOCK && !add {
                         block(&tiles, a, b, right.parts, steps, next, dst, row_stride);
                     } else {
