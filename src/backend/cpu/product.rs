@@ -57,9 +57,10 @@ pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<u
 }
 
 impl<T: Element> Cpu<T> {
-    /// `x` with at least [`MIN_ROWS`] rows, or `None` if it has them already.
+    /// `x` with at least [`MIN_ROWS`] rows, or `None` if it has them or does not need them: on the tile unit a
+    /// row's rounding never depends on the others.
     pub(super) fn padded(&self, x: &Buf<T>) -> Option<Buf<T>> {
-        (x.rows < MIN_ROWS).then(|| {
+        (self.tiles.is_none() && x.rows < MIN_ROWS).then(|| {
             let mut padded = self.zeros(MIN_ROWS, x.width);
             padded[..x.len()].copy_from_slice(x);
             padded
