@@ -41,7 +41,7 @@ pub struct LayerArgs {
     #[arg(long, allow_hyphen_values = true, help_heading = "Model")]
     pub layers: Option<String>,
 
-    /// Texts: .jsonl, .json, .txt (one text per line), each also as .gz, or a folder of these
+    /// Texts: .jsonl, .ndjson, .json, .txt (one text per line), each also as .gz, or a folder of these
     #[arg(long, value_name = "PATH", help_heading = "Texts")]
     pub dataset: Option<PathBuf>,
 

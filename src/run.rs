@@ -14,7 +14,7 @@ use crate::output::npy::Array;
 use crate::output::report::{self, LayerSummary, thousands};
 use crate::output::{self, Log, RunRecord, Target, Timing};
 use crate::plan::Plan;
-use crate::source::{Passes, SourceCounts, nothing_kept};
+use crate::source::{Passes, SourceCounts, TextCounts, nothing_kept};
 use crate::stats::{Direction, MomentSink};
 use crate::transform;
 
@@ -76,10 +76,7 @@ pub fn run(plan: &Plan, log: &Log) -> Result<()> {
     let counts = passes.counts();
     let totals = engine.totals();
     check_counts(plan, &counts, totals)?;
-    if (counts.texts.kept as usize) < plan.texts.num_samples {
-        let (kept, asked) = (thousands(counts.texts.kept), thousands(plan.texts.num_samples as u64));
-        log.warn(&format!("the dataset has {kept} texts to keep, fewer than the {asked} asked for"));
-    }
+    warn_of_few(&counts.texts, plan, log);
     let (mut record, ranked) = record(plan, &counts, totals, &sink, timing, log);
     output::write_arrays(&mut target, &mut record)?;
     record.timing.total_layers();
@@ -97,13 +94,16 @@ pub fn run(plan: &Plan, log: &Log) -> Result<()> {
 fn dry_run(plan: &Plan, log: &Log) -> Result<()> {
     // Opened and dropped: what it made is removed again.
     drop(Target::prepare(&plan.output)?);
-    plan.open_tokens()?;
+    if let Some(note) = plan.open_tokens()?.note() {
+        log.warn(note);
+    }
     let mut texts = plan.open_texts()?;
     texts.by_ref().try_for_each(|text| text.map(drop))?;
     let counts = texts.counts();
     if counts.kept == 0 {
         return Err(nothing_kept(&counts, &plan.texts));
     }
+    warn_of_few(&counts, plan, log);
     log.out(plan.to_string().trim_end());
     log.out(&format!(
         "dataset      {} texts read, {} kept, {} too short",
@@ -112,6 +112,14 @@ fn dry_run(plan: &Plan, log: &Log) -> Result<()> {
         thousands(counts.too_short)
     ));
     Ok(())
+}
+
+/// Says so where the dataset has fewer texts than asked for.
+fn warn_of_few(counts: &TextCounts, plan: &Plan, log: &Log) {
+    if (counts.kept as usize) < plan.texts.num_samples {
+        let (kept, asked) = (thousands(counts.kept), thousands(plan.texts.num_samples as u64));
+        log.warn(&format!("the dataset has {kept} texts to keep, fewer than the {asked} asked for"));
+    }
 }
 
 /// Makes rayon's pool, which everything parallel uses, of this many threads.
@@ -151,9 +159,13 @@ fn check_counts(plan: &Plan, counts: &SourceCounts, totals: &Totals) -> Result<(
         return Err(nothing_kept(&counts.texts, &plan.texts));
     }
     if totals.tokens == 0 || (plan.engine.gradients && totals.targets == 0) {
+        let expected = match plan.engine.gradients {
+            true => "a text of at least two tokens: the loss predicts each token from those before it",
+            false => "a text of at least one token",
+        };
         return Err(Error::new("the kept texts hold too few tokens")
             .at(plan.texts.dataset.display())
-            .expected("a text of at least two tokens: the loss predicts each token from those before it")
+            .expected(expected)
             .found(format!("{} tokens in {} texts", totals.tokens, counts.texts.kept)));
     }
     Ok(())
@@ -272,6 +284,7 @@ fn facts(plan: &Plan, counts: &SourceCounts, totals: &Totals) -> Map<String, ser
         "texts_too_short": counts.texts.too_short,
         "texts_truncated": counts.truncated,
         "texts_of_one_token": counts.one_token,
+        "texts_without_tokens": counts.no_token,
         "tokens": totals.tokens,
         "targets": plan.engine.gradients.then_some(totals.targets),
         "tokens_per_pass": plan.passes.tokens_per_pass,

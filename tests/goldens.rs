@@ -211,7 +211,7 @@ fn results_do_not_depend_on_how_the_work_is_cut() {
         let golden = load(name, "corpus.jsonl", max_length, 1 << 20, batch_size);
         for reduction in [LossReduction::Sample, LossReduction::Batch] {
             let base = EngineSpec { loss_reduction: reduction, ..everything(&golden) };
-            let (reference, _) = run::<f32>(&golden, base.clone());
+            let (reference, reference_totals) = run::<f32>(&golden, base.clone());
             let layers = golden.spec.blocks.len();
             for (tokens_per_pass, chunk_tokens, keep_from, threads) in
                 [(1, 1, 0, 1), (100, 40, layers, 3), (1 << 20, 90, 1, 2), (150, 1024, 2, 4)]
@@ -219,7 +219,8 @@ fn results_do_not_depend_on_how_the_work_is_cut() {
                 let golden = load(name, "corpus.jsonl", max_length, tokens_per_pass, batch_size);
                 let spec = EngineSpec { chunk_tokens, keep_from, ..base.clone() };
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let (layers, _) = pool.install(|| run::<f32>(&golden, spec));
+                let (layers, totals) = pool.install(|| run::<f32>(&golden, spec));
+                assert_eq!(totals.loss_nats, reference_totals.loss_nats, "{name} loss");
                 for (layer, moments) in &layers {
                     assert_eq!(moments.values, reference[layer].values, "{name} layer {layer} values");
                     assert_eq!(

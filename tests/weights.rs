@@ -181,7 +181,7 @@ fn folders_without_safetensors() {
     expect(&["neither", "model.safetensors.index.json", "hint:"]);
     for (name, hint) in [
         ("model.gguf", "quantised"),
-        ("pytorch_model.bin", "safe_serialization=True"),
+        ("pytorch_model.bin", "save_pretrained(folder)"),
         ("adapter_model.safetensors", "merge"),
         ("model-00001-of-00002.safetensors", "index.json too"),
     ] {

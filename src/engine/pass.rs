@@ -73,8 +73,6 @@ pub struct Totals {
     pub targets: u64,
     /// Forward, backward and statistics of each layer, seconds. `[L]`
     pub layer_s: Vec<f64>,
-    /// Embedding, output head and loss, seconds.
-    pub head_s: f64,
 }
 
 /// Runs passes through a model.
@@ -119,7 +117,6 @@ impl<'a, B: Backend> Engine<'a, B> {
         let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
         let rope = self.backend.rope_table(&self.model.spec.inv_freq, longest);
         let layers = self.model.spec.blocks.len();
-        let started = Instant::now();
         let mut streams: Vec<Stream<B>> = chunks
             .into_iter()
             .map(|chunk| {
@@ -131,7 +128,6 @@ impl<'a, B: Backend> Engine<'a, B> {
             .collect::<Result<_>>()?;
         self.totals.tokens += pass.ids.len() as u64;
         self.totals.samples += streams.iter().map(|s| s.chunk.num_samples() as u64).sum::<u64>();
-        self.totals.head_s += started.elapsed().as_secs_f64();
 
         let end = if self.spec.gradients { layers } else { last + 1 };
         for layer in 0..end {
@@ -144,11 +140,9 @@ impl<'a, B: Backend> Engine<'a, B> {
         if !self.spec.gradients {
             return Ok(());
         }
-        let started = Instant::now();
         for stream in &mut streams {
             self.head(&rope, stream)?;
         }
-        self.totals.head_s += started.elapsed().as_secs_f64();
         for layer in (first..layers).rev() {
             let started = Instant::now();
             for stream in &mut streams {
@@ -213,8 +207,9 @@ impl<'a, B: Backend> Engine<'a, B> {
         let chunk = &stream.chunk;
         let mut state = State::new(block.widths.len(), stream.residual.take());
         self.forward(rope, block, block.ops.len(), chunk, Keep::For(0), &mut state, None)?;
-        let nats: f64 = state.nats.iter().sum();
-        *self.totals.loss_nats.get_or_insert(0.0) += nats;
+        // One by one: the sum must not depend on the cut into chunks.
+        let total = self.totals.loss_nats.get_or_insert(0.0);
+        state.nats.iter().for_each(|nats| *total += nats);
         self.totals.targets += chunk.samples().map(|rows| rows.len().saturating_sub(1) as u64).sum::<u64>();
         let ops = 0..block.ops.len();
         backward(self.backend, self.model, rope, block, ops, chunk, &mut state, &mut |_, _| Ok(()))?;
@@ -234,7 +229,9 @@ impl<'a, B: Backend> Engine<'a, B> {
             return Ok(());
         };
         if layer < self.spec.keep_from && start == 0 {
-            self.forward(rope, block, block.ops.len(), &stream.chunk, Keep::For(0), &mut state, None)?;
+            // As far as the last value that the way back reads: the down-projection is not computed again.
+            let end = block.last_saved().map_or(0, |op| op + 1);
+            self.forward(rope, block, end, &stream.chunk, Keep::For(0), &mut state, None)?;
         }
         state.grads[block.output.0] = stream.residual.take();
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };

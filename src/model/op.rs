@@ -145,6 +145,12 @@ impl Block {
         last
     }
 
+    /// Index of the last op that writes a slot whose value a backward reads.
+    pub fn last_saved(&self) -> Option<usize> {
+        let saved = self.saved(0);
+        self.ops.iter().rposition(|op| op.output().is_some_and(|slot| saved[slot.0]))
+    }
+
     /// For each slot whether the backward of `ops[start..]` reads its value.
     pub fn saved(&self, start: usize) -> Vec<bool> {
         let mut saved = vec![false; self.widths.len()];

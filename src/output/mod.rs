@@ -81,7 +81,7 @@ impl RunRecord<'_> {
 
 /// Writes every file of the run but `runtime_output.txt`, which [`Target::finish`] adds.
 ///
-/// The time spent on a layer's `.npy` files becomes its `save_data` , and every layer's `total` is
+/// The time spent on a layer's `.npy` files becomes its `save_data`, and every layer's `total` is
 /// set to the sum of its times. Without a folder only the consolidated archive is written, and without any
 /// destination nothing is.
 pub fn write(target: &mut Target, record: &mut RunRecord) -> Result<()> {

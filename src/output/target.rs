@@ -80,16 +80,6 @@ impl Target {
         self.folder.is_none() && self.consolidated.is_none()
     }
 
-    /// Where files of the folder are put until [`Target::finish`]; None when no folder is asked for.
-    pub fn partial_folder(&self) -> Option<&Path> {
-        self.folder.as_ref().map(|partial| partial.temporary.path())
-    }
-
-    /// The folder's path as it will be, if nobody takes the name first; None when no folder is asked for.
-    pub fn planned_folder(&self) -> Option<PathBuf> {
-        self.folder.as_ref().map(|partial| partial.parent.join(&partial.name))
-    }
-
     /// Writes one file of the folder. Does nothing when no folder is asked for. A name can be used once.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let Some(partial) = &self.folder else { return Ok(()) };

@@ -134,9 +134,15 @@ impl Plan {
         at_least_one("--num_samples", args.num_samples)?;
         at_least_one("--batch_size", args.batch_size)?;
         at_least_one("--max_length", args.max_length)?;
+        for (flag, tokens) in
+            [("--max_length", Some(args.max_length)), ("--tokens_per_pass", args.tokens_per_pass)]
+        {
+            at_most_int(flag, tokens.unwrap_or(1))?;
+        }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
         at_least_one("--threads", args.threads.unwrap_or(1))?;
-        let budget_bytes = budget(args.memory)?;
+        let free_bytes = free_memory()?;
+        let budget_bytes = budget(args.memory, free_bytes)?;
         let normalise = match (args.normalize_gradients, args.normalize_mode) {
             (Some(_), Some(_)) => {
                 return Err(Error::usage("the normalisation is given twice")
@@ -186,7 +192,10 @@ impl Plan {
                 gradients,
                 tokens_per_pass: args.tokens_per_pass,
                 max_length: args.max_length,
+                max_positions: config.max_position_embeddings,
                 num_samples: args.num_samples,
+                weight_bytes: tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum(),
+                free_bytes,
                 budget_bytes,
             },
         );
@@ -217,7 +226,7 @@ impl Plan {
                 layers,
                 gradients,
                 loss_reduction: args.loss_reduction,
-                chunk_tokens: memory::CHUNK_TOKENS,
+                chunk_tokens: memory.chunk_tokens,
                 keep_from: memory.keep_from,
             },
             direction,
@@ -314,12 +323,17 @@ fn model_folder(model_name: &str) -> Result<PathBuf> {
     let error = Error::new("the model is not a folder on this machine")
         .at(format!("--model_name {model_name}"))
         .expected("a folder with config.json, tokenizer.json and *.safetensors");
-    Err(if folder.exists() {
-        error.found("a file").hint("give the folder that holds it")
-    } else {
-        error.found("no such folder").hint(format!(
-            "download it first, `hf download {model_name} --local-dir FOLDER`, and give --model_name FOLDER"
-        ))
+    if folder.exists() {
+        return Err(error.found("a file").hint("give the folder that holds it"));
+    }
+    let error = error.found("no such folder");
+    // owner/name is the form of a hub id; paths that start at the root or with a dot are none.
+    let is_part = |part: &str| !part.is_empty() && !part.starts_with('.');
+    Err(match model_name.split_once('/') {
+        Some((owner, name)) if is_part(owner) && is_part(name) && !name.contains('/') => error.hint(format!(
+            "if it is a hub id, `hf download {model_name} --local-dir FOLDER` first, and give --model_name FOLDER"
+        )),
+        _ => error.hint("check the path"),
     })
 }
 
@@ -356,23 +370,40 @@ fn at_least_one(flag: &str, value: usize) -> Result<()> {
     Err(Error::usage("a number is too small").at(flag).expected("1 or more").found(value))
 }
 
-/// Bytes for activations: as given, or half of what is free now, inside the limits of the control group a
-/// cluster job runs in.
-fn budget(gib: Option<f64>) -> Result<u64> {
+/// Token counts beyond 2³¹ are slips of the hand, and their products with widths would overflow.
+fn at_most_int(flag: &str, value: usize) -> Result<()> {
+    if value <= i32::MAX as usize {
+        return Ok(());
+    }
+    Err(Error::usage("a number is too large").at(flag).expected(format!("at most {}", i32::MAX)).found(value))
+}
+
+/// Bytes for activations: as given, or half of what is free.
+fn budget(gib: Option<f64>, free_bytes: u64) -> Result<u64> {
     const GIB: f64 = (1u64 << 30) as f64;
     match gib {
+        None => Ok(free_bytes / 2),
         Some(gib) if gib.is_finite() && gib > 0.0 => Ok((gib * GIB) as u64),
         Some(gib) => Err(Error::usage("the memory budget cannot be used")
             .at("--memory")
             .expected("GiB, more than 0")
             .found(gib)),
-        None => {
-            let mut system = sysinfo::System::new().context("cannot tell how much memory is free")?;
-            system.refresh_memory();
-            let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
-            Ok(system.available_memory().min(limit) / 2)
-        }
     }
+}
+
+/// Bytes of memory that are free now, inside the limits of the control group a cluster job runs in.
+fn free_memory() -> Result<u64> {
+    let mut system = sysinfo::System::new().context("cannot tell how much memory is free")?;
+    system.refresh_memory();
+    let own = sysinfo::get_current_pid().ok();
+    if let Some(pid) = own {
+        system.refresh_processes(sysinfo::ProcessesToUpdate::Some(&[pid]), true);
+    }
+    // Of the limit, what this process and its siblings hold; pages of mapped files can be dropped and do not count.
+    let limit = own
+        .and_then(|pid| system.process(pid)?.cgroup_limits())
+        .map_or(u64::MAX, |limits| limits.total_memory.saturating_sub(limits.rss));
+    Ok(system.available_memory().min(limit))
 }
 
 fn num_cores() -> usize {

@@ -101,8 +101,7 @@ fn no_safetensors(folder: &Path) -> Error {
     } else if any("adapter_model.safetensors") {
         "this is an adapter: merge it into its base model and save that"
     } else if any(".bin") || any(".pt") || any(".pth") {
-        "convert once in Python: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, \
-         safe_serialization=True)"
+        "convert once in Python: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
     } else if any(".gguf") {
         "gguf files are quantised: use the model's original repository"
     } else {

@@ -57,10 +57,6 @@ impl Shard {
         // passes the condition on. Every reader goes through `&[u8]` and treats values as data, so a changed
         // byte gives a wrong number, never an unchecked index.
         let map = unsafe { memmap2::Mmap::map(&file) }.context_path(what, path)?;
-        // Tensors are read front to back: let the kernel read ahead. It is only advice, so its failure is no
-        // error; populating the map would read a file that may be larger than memory.
-        #[cfg(unix)]
-        let _ = map.advise(memmap2::Advice::Sequential);
         Self::parse(path, Arc::new(map))
     }
 

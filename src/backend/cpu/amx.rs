@@ -4,7 +4,7 @@
 //! unit multiplies bf16 exactly and adds in float32, so with a bf16 weight three bf16 products make one
 //! float32 product, and still take a third of the time of float32 multiply-adds. A float16 weight has two
 //! parts and a float32 weight three; the products of parts i and j (from 0) are left out from i + j = 3 on:
-//! they are below float32's own rounding.
+//! of a term they are 2⁻²³ on average and 2⁻²¹ at most, which a sum of many terms does not notice.
 //!
 //! An output element depends on its row of the left operand, its column of the right one and the depth, not
 //! on its place in a block, on the other rows or on threads: every block is computed in full by the same

@@ -133,7 +133,7 @@ impl Element for f32 {
 
     /// eˣ = 2ⁿ·eʳ with n = round(x/ln 2), |r| ≤ ln 2 / 2, and eʳ by its Taylor polynomial of degree 7
     /// (truncation error 2e-9 relative). Below −86.6 the result is held at 2.5e-38, so that no step is
-    /// subnormal, and above 88.7 at the largest number; NaN stays NaN.
+    /// subnormal, and above 88.7 at 3.3e38; NaN stays NaN.
     #[inline(always)]
     fn fast_exp(self) -> Self {
         // Adding and subtracting 1.5·2²³ rounds to an integer, which then stands in the low bits.

@@ -71,6 +71,20 @@ impl<T: Element> Cpu<T> {
         [dgate, dup]
     }
 
+    /// a + b.
+    pub(super) fn sum(&self, a: &Buf<T>, b: &Buf<T>) -> Buf<T> {
+        let mut out = self.alloc(a.rows, a.width);
+        let inputs = a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK));
+        out.par_chunks_mut(BLOCK).zip(inputs).for_each(|(out, (a, b))| {
+            self.simd.dispatch(|| {
+                for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *out = a + b;
+                }
+            });
+        });
+        out
+    }
+
     /// into += x.
     pub(super) fn add_into(&self, into: &mut Buf<T>, x: &Buf<T>) {
         into.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(into, x)| {

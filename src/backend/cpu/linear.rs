@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::matmul::MatMut;
-use super::product::{even_ranges, product};
+use super::matmul::{MatMut, even_ranges};
+use super::product::product;
 use super::{Buf, Cpu, Element};
 use crate::model::Tensor;
 

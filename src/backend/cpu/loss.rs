@@ -8,14 +8,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::matmul::MatMut;
-use super::product::{Left, even_ranges, product, row_bytes};
+use super::matmul::{MatMut, even_ranges};
+use super::product::{Left, product, row_bytes};
 use super::{Buf, Cpu, Element};
 use crate::backend::Chunk;
 use crate::model::Tensor;
 
-/// Most logits that exist at a time: 256 MB of float32.
-const MAX_LOGITS: usize = 1 << 26;
+/// Most logits that exist at a time: 160 MB of float32.
+const MAX_LOGITS: usize = 40 << 20;
 /// Most rows of one block; more would not make the products faster.
 const MAX_ROWS: usize = 512;
 /// Most vocabulary entries of a tile.
@@ -133,7 +133,14 @@ impl<T: Element> Cpu<T> {
         let mut sum = vec![T::zero(); rows];
         self.simd.dispatch(|| {
             for (row, z) in exp.chunks_exact_mut(columns).enumerate() {
-                let top = z.iter().fold(T::neg_infinity(), |max, &z| if z > max { z } else { max });
+                // Sixteen running maxima and sums: the compiler may use any vector width for them.
+                let mut tops = [T::neg_infinity(); 16];
+                for z in z.chunks(16) {
+                    for (&z, top) in z.iter().zip(&mut tops) {
+                        *top = if z > *top { z } else { *top };
+                    }
+                }
+                let top = tops.iter().fold(T::neg_infinity(), |max, &z| if z > max { z } else { max });
                 let mut lanes = [T::zero(); 16];
                 for z in z.chunks_mut(16) {
                     for (z, lane) in z.iter_mut().zip(&mut lanes) {

@@ -39,8 +39,8 @@ impl<'a, T> Mat<'a, T> {
     pub fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
-        // SAFETY: the first element of the part lies inside the slice, or the part is empty and at its end.
-        let ptr = unsafe { self.ptr.add(rows.start * self.row_stride + cols.start * self.col_stride) };
+        // Wrapping, because the start of an empty part may lie outside the slice; it is then not read.
+        let ptr = self.ptr.wrapping_add(rows.start * self.row_stride + cols.start * self.col_stride);
         Self { ptr, rows: rows.len(), cols: cols.len(), ..self }
     }
 
@@ -79,8 +79,8 @@ impl<'a, T> MatMut<'a, T> {
     pub fn part(&mut self, rows: Range<usize>, cols: Range<usize>) -> MatMut<'_, T> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
-        // SAFETY: the first element of the part lies inside the slice, or the part is empty and at its end.
-        let ptr = unsafe { self.ptr.add(rows.start * self.row_stride + cols.start) };
+        // Wrapping, because the start of an empty part may lie outside the slice; it is then not touched.
+        let ptr = self.ptr.wrapping_add(rows.start * self.row_stride + cols.start);
         MatMut { ptr, rows: rows.len(), cols: cols.len(), row_stride: self.row_stride, life: PhantomData }
     }
 
@@ -160,30 +160,44 @@ pub(super) fn matmul<T: Element>(
         rhs.rows,
         rhs.cols
     );
-    // The kernels want a destination with contiguous columns: they are given dstᵀ = rhsᵀ·lhsᵀ.
-    // SAFETY: the three views are inside live slices with these shapes and strides, dst is exclusively
-    // borrowed, and the kernel is the one for T.
-    unsafe {
-        T::gemm_fn()(
-            n,
-            m,
-            k,
-            dst.ptr,
-            dst.row_stride as isize,
-            1,
-            add,
-            rhs.ptr,
-            rhs.row_stride as isize,
-            rhs.col_stride as isize,
-            lhs.ptr,
-            lhs.row_stride as isize,
-            lhs.col_stride as isize,
-            T::one(),
-            scale,
-            false,
-            false,
-            false,
-            gemm_common::Parallelism::None,
-        );
+    for (index, depth) in even_ranges(k, MAX_DEPTH).enumerate() {
+        let (lhs, rhs) = (lhs.part(0..m, depth.clone()), rhs.part(depth.clone(), 0..n));
+        // The kernels want a destination with contiguous columns: they are given dstᵀ = rhsᵀ·lhsᵀ.
+        // SAFETY: the three views are inside live slices with these shapes and strides, dst is exclusively
+        // borrowed, and the kernel is the one for T.
+        unsafe {
+            T::gemm_fn()(
+                n,
+                m,
+                depth.len(),
+                dst.ptr,
+                dst.row_stride as isize,
+                1,
+                add || index > 0,
+                rhs.ptr,
+                rhs.row_stride as isize,
+                rhs.col_stride as isize,
+                lhs.ptr,
+                lhs.row_stride as isize,
+                lhs.col_stride as isize,
+                T::one(),
+                scale,
+                false,
+                false,
+                false,
+                gemm_common::Parallelism::None,
+            );
+        }
     }
+}
+
+/// Longest chain of multiply-adds. The `gemm` crate cuts longer ones by the size of the first-level cache, so
+/// that two processors with the same instructions would round differently; up to here it cuts none.
+const MAX_DEPTH: usize = 512;
+
+/// Cuts `0..n` into the fewest ranges of at most `most`, equally long but for one element: a narrow last
+/// tile would take the `gemm` crate's paths for tiny products, which round differently.
+pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let count = n.div_ceil(most);
+    (0..count).map(move |i| i * n / count..(i + 1) * n / count)
 }

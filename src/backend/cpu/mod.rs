@@ -23,6 +23,8 @@ mod rope;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rayon::prelude::*;
+
 pub use element::Element;
 pub use rope::RopeTable;
 
@@ -30,6 +32,9 @@ use super::{Backend, Chunk, Moments, NonFinite};
 use crate::error::Result;
 use crate::model::op::Attention;
 use crate::model::{Activation, Tensor};
+
+/// Elements of one task of a copy.
+const COPIED: usize = 1 << 16;
 
 /// The CPU as a device, with its recycled buffers. `T` is the type of all activations and sums in ops.
 pub struct Cpu<T> {
@@ -73,7 +78,8 @@ impl<T: Element> Cpu<T> {
     /// Makes a buffer from row-major values. `[rows, width]`
     pub fn from_slice(&self, values: &[T], width: usize) -> Buf<T> {
         let mut buf = self.alloc(values.len() / width, width);
-        buf.copy_from_slice(values);
+        let blocks = buf.par_chunks_mut(COPIED).zip(values.par_chunks(COPIED));
+        blocks.for_each(|(to, from)| to.copy_from_slice(from));
         buf
     }
 }
@@ -95,15 +101,24 @@ impl<T> Default for Pool<T> {
 
 impl<T> Pool<T> {
     /// The smallest free vector of at least `len` elements that wastes at most an eighth: buffers live long,
-    /// and the plan counts on their size.
+    /// and the plan counts on their size. Without one, at least as much free memory is given back as the
+    /// caller is about to allocate, so that ragged sizes do not pile up.
     fn take(&self, len: usize) -> Option<Vec<T>> {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (index, _) = free
-            .iter()
-            .enumerate()
-            .filter(|(_, data)| data.len() >= len && data.len() - len <= len / 8)
-            .min_by_key(|(_, data)| data.len())?;
-        Some(free.swap_remove(index))
+        let fits = |data: &&mut Vec<T>| data.len() >= len && data.len() - len <= len / 8;
+        if let Some(best) = free.iter_mut().filter(fits).min_by_key(|data| data.len()) {
+            let best = std::mem::take(best);
+            free.retain(|data| !data.is_empty());
+            return Some(best);
+        }
+        let mut released = 0;
+        free.sort_unstable_by_key(Vec::len);
+        while released < len
+            && let Some(data) = free.pop()
+        {
+            released += data.len();
+        }
+        None
     }
 
     fn give(&self, data: Vec<T>) {
@@ -256,9 +271,7 @@ impl<T: Element> Backend for Cpu<T> {
     }
 
     fn add(&self, a: &Buf<T>, b: &Buf<T>) -> Buf<T> {
-        let mut out = self.copy(a);
-        self.add_into(&mut out, b);
-        out
+        self.sum(a, b)
     }
 
     fn add_backward(&self, dy: &Buf<T>, dx: Option<Buf<T>>) -> Buf<T> {
@@ -283,5 +296,29 @@ impl<T: Element> Backend for Cpu<T> {
 
     fn moments(&self, x: &Buf<T>, samples: &[Range<usize>], into: &mut Moments) -> Result<(), NonFinite> {
         self.add_moments(x, samples, into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ragged_sizes_do_not_pile_up() {
+        let cpu = Cpu::<f32>::new();
+        for n in (100..4000).rev().step_by(7) {
+            let _two = [cpu.alloc(n, 1), cpu.alloc(n, 1)];
+        }
+        let free = cpu.pool.0.lock().unwrap();
+        let elements: usize = free.iter().map(Vec::len).sum();
+        assert!(elements <= 2 * 4000, "{elements} elements are kept");
+    }
+
+    #[test]
+    fn a_freed_buffer_serves_the_next_of_its_size() {
+        let cpu = Cpu::<f32>::new();
+        let first = cpu.alloc(10, 10).as_ptr();
+        assert_eq!(cpu.alloc(5, 19).as_ptr(), first);
+        assert_ne!(cpu.alloc(5, 10).rows(), 10);
     }
 }

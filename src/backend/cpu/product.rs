@@ -49,13 +49,6 @@ pub(super) fn product<T: Element>(
     }
 }
 
-/// Cuts `0..n` into the fewest ranges of at most `most`, equally long but for one element: a narrow last
-/// tile would take the `gemm` crate's paths for tiny products, which round differently.
-pub(super) fn even_ranges(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
-    let count = n.div_ceil(most);
-    (0..count).map(move |i| i * n / count..(i + 1) * n / count)
-}
-
 impl<T: Element> Cpu<T> {
     /// `x` with at least [`MIN_ROWS`] rows, or `None` if it has them or does not need them: on the tile unit a
     /// row's rounding never depends on the others.
