@@ -14,8 +14,6 @@ pub struct Spec {
     pub hidden_size: usize,
     /// V.
     pub vocab_size: usize,
-    /// Hd.
-    pub head_dim: usize,
     /// Rotary frequencies of the pairs (j, j + Hd/2), radians per position. `[Hd/2]`
     pub inv_freq: Vec<f32>,
     /// Token ids → the residual stream.
@@ -76,7 +74,6 @@ pub fn describe(config: &Config) -> Spec {
     Spec {
         hidden_size: d,
         vocab_size: config.vocab_size,
-        head_dim: config.head_dim,
         inv_freq: config.rope.inv_freq(config.head_dim),
         embed,
         blocks,
