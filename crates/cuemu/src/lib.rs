@@ -1,0 +1,32 @@
+//! A stand-in CUDA driver: a `libcuda.so` that executes kernels on the CPU.
+//!
+//! A program that talks to the CUDA driver, unchanged, loads this library instead of NVIDIA's. The PTX it
+//! hands over is translated to C++, one statement per instruction ([`ptx`]), compiled by the system's `g++`
+//! together with a runtime that runs every CUDA thread as a fiber (`runtime/`), and executed when the
+//! program launches it ([`driver`]). The compiler of the kernels (NVRTC), the host code and the inline PTX
+//! are the real ones.
+//!
+//! What it finds that a GPU would not tell: reads of poisoned (uninitialised) memory, accesses outside a
+//! variable or allocation, barriers and warp operations that not all threads reach, asynchronous copies read
+//! before they were waited for, streams that do not wait for each other, and, built with ThreadSanitizer,
+//! every data race.
+//!
+//! # Environment
+//!
+//! | variable | values | meaning |
+//! |---|---|---|
+//! | `CUEMU_POLICY` | `fifo`, `reverse`, `random`, `priority` | which ready thread runs next |
+//! | `CUEMU_ASYNC` | `lazy`, `eager`, `mixed` | when asynchronous copies and matrix operations happen |
+//! | `CUEMU_SEED` | integer | of the random choices |
+//! | `CUEMU_POISON` | integer, `0xFFFFFFFF` | 32-bit pattern of memory nobody has written |
+//! | `CUEMU_SHUFFLE_BLOCKS` | `0`, `1` | blocks start in random order |
+//! | `CUEMU_WAVE` | integer, 1 | blocks that are resident at the same time |
+//! | `CUEMU_CC` | `80`, `89`, `90` | compute capability that the devices report |
+//! | `CUEMU_DEVICES` | integer, 2 | number of devices |
+//! | `CUEMU_MEMORY` | bytes, 4 GiB | memory of each device |
+//! | `CUEMU_SANITIZER` | `none`, `address`, `thread` | what kernels are compiled with |
+//! | `CUEMU_CACHE` | folder | where compiled kernels are kept; default: in the build folder |
+//! | `CUEMU_CXX` | command, `g++` | the compiler |
+
+pub mod driver;
+pub mod ptx;

@@ -1,0 +1,99 @@
+// What every kernel uses: 16-bit types, reductions, and one wrapper for each PTX instruction that CUDA C++
+// has no word for. No toolkit header is included: NVRTC ships none.
+//
+// Letters as in src/lib.rs. Rows are tokens unless said otherwise; matrices are row-major.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 FULL_WARP = 0xffffffffu;
+
+// ---- bfloat16 ---------------------------------------------------------------------------------------
+
+// The upper half of a float32.
+struct __align__(2) bf16 {
+  u16 bits;
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
+
+// Nearest, ties to even.
+template <class T> __device__ __forceinline__ T from_float(float v);
+template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  return r;
+}
+
+// Two neighbours of a row in one register, `low` first in memory.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// ---- reductions -------------------------------------------------------------------------------------
+
+// Every lane gets the sum over the warp, added in the same order in each.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(FULL_WARP, v, lanes);
+  return v;
+}
+
+// Every thread gets the sum over a block of WARPS whole warps. `scratch`: WARPS floats of shared memory; the
+// caller puts a barrier between this and the next use of `scratch`.
+template <int WARPS> __device__ __forceinline__ float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  if constexpr (WARPS == 1) return v;
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = v;
+  __syncthreads();  // block_sum: the partial sums are written
+  v = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < WARPS; warp++) v += scratch[warp];
+  return v;
+}
+
+// ---- shared memory and copies into it (sm_80) -------------------------------------------------------
+
+// Address in the shared window.
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies 16 bytes in the background; bytes from `source_bytes` on become zero. Both sides 16-byte aligned.
+__device__ __forceinline__ void cp_async_16(u32 destination, const void* source, int source_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most LEFT of this thread's groups are under way.
+template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// ---- tensor cores (sm_80) ---------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements. Lane i gives the address of row i%8 of matrix i/8 and receives of each
+// matrix the elements (i/4, 2(i%4)) and (i/4, 2(i%4)+1); with `trans` those of the transposed matrix.
+__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+// D[16,8] += A[16,16]·B[16,8], bfloat16 in, float32 accumulated. With g = lane/4, q = 2(lane%4):
+// a: (g,q..) (g+8,q..) (g,q+8..) (g+8,q+8..) · b: (q..,g) (q+8..,g) · d: (g,q) (g,q+1) (g+8,q) (g+8,q+1).
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
