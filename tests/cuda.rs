@@ -12,3 +12,5 @@ mod faults;
 mod host;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/static_checks.rs"]
+mod static_checks;

@@ -102,6 +102,15 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Says why a test does not run; in CI, where everything is installed, that is a failure.
+pub fn skip_or_panic(reason: &str) {
+    assert!(
+        env::var_os("GRADLENS_REQUIRE_CUDA").is_none(),
+        "the CUDA tests must run here, but need {reason}"
+    );
+    println!("skipped: this CUDA test needs {reason}");
+}
+
 /// An open device.
 pub struct Machine {
     pub cuda: Cuda,
@@ -121,11 +130,8 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
     let stand_in = match driver() {
         Ok(Driver::StandIn(stand_in)) => Some(stand_in),
         Ok(Driver::Real) => None,
-        Err(reason) if env::var_os("GRADLENS_REQUIRE_CUDA").is_some() => {
-            panic!("the CUDA tests must run here: {reason}")
-        }
         Err(reason) => {
-            println!("skipped, the CUDA tests need more than this machine has: {reason}");
+            skip_or_panic(&reason);
             return None;
         }
     };
