@@ -26,26 +26,27 @@ constexpr int THREADS = 256;      // of _lanes and _any
 
 // ---- who works on a row -----------------------------------------------------------------------------
 
-// A whole block. `sum` may be called once.
+// A whole block. `scratch`: 32 floats of shared memory for each sum; `sum` may be called once.
 struct BlockTeam {
   i64 row;
   int lane, lanes;
-  __device__ __forceinline__ BlockTeam() : row(blockIdx.x), lane(threadIdx.x), lanes(blockDim.x) {}
+  float* scratch;
+  __device__ __forceinline__ explicit BlockTeam(float* scratch)
+      : row(blockIdx.x), lane(threadIdx.x), lanes(blockDim.x), scratch(scratch) {}
   __device__ __forceinline__ bool has_row() const { return true; }
   __device__ __forceinline__ int column(int group) const { return 4 * (lane + group * lanes); }
 
   // Every thread gets each sum over the block, added in the same order in each.
   template <int SUMS> __device__ __forceinline__ void sum(float (&v)[SUMS]) const {
-    __shared__ float scratch[SUMS][32];
     int warps = blockDim.x >> 5, in_warp = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < SUMS; i++) {
       v[i] = warp_sum(v[i]);
-      if (in_warp == 0) scratch[i][threadIdx.x >> 5] = v[i];
+      if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];
     }
     __syncthreads();  // norm: the warps' sums are written
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) v[i] = warp_sum(in_warp < warps ? scratch[i][in_warp] : 0.f);
+    for (int i = 0; i < SUMS; i++) v[i] = warp_sum(in_warp < warps ? scratch[32 * i + in_warp] : 0.f);
   }
 };
 
@@ -130,9 +131,8 @@ __device__ __forceinline__ void forward_in_registers(
 
 template <class Delta, class Out>
 __device__ __forceinline__ void forward_any(
-    const float* x, const Delta* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
-    int width, Out* y) {
-  BlockTeam team;
+    const BlockTeam& team, const float* x, const Delta* delta, float* h, const float* __restrict__ weight,
+    float weight_offset, float eps, int width, Out* y) {
   i64 start = team.row * width;
   float sum_sq[1] = {0.f};
 #pragma unroll 4
@@ -153,32 +153,78 @@ __device__ __forceinline__ void forward_any(
   }
 }
 
-#define NORM_FORWARD(DELTA, OUT)                                                                              \
-  extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_forward_##DELTA##_##OUT##_block(             \
-      const float* x, const DELTA* delta, float* h, const float* __restrict__ weight, float weight_offset,    \
-      float eps, int width, OUT* y) {                                                                         \
-    forward_in_registers<BLOCK_GROUPS>(BlockTeam(), x, delta, h, weight, weight_offset, eps, width, y);       \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_##DELTA##_##OUT##_any(                   \
-      const float* x, const DELTA* delta, float* h, const float* __restrict__ weight, float weight_offset,    \
-      float eps, int width, OUT* y) {                                                                         \
-    forward_any(x, delta, h, weight, weight_offset, eps, width, y);                                           \
-  }
-NORM_FORWARD(f32, f32)
-NORM_FORWARD(f32, bf16)
-NORM_FORWARD(bf16, f32)
-NORM_FORWARD(bf16, bf16)
-
-#define NORM_FORWARD_LANES(OUT)                                                                               \
-  extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_##OUT##_lanes(                           \
-      const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,  \
-      int lanes, OUT* y) {                                                                                    \
-    const float* no_delta = nullptr;                                                                          \
-    forward_in_registers<LANES_GROUPS>(LanesTeam(rows, lanes), x, no_delta, nullptr, weight, weight_offset,   \
-                                       eps, width, y);                                                        \
-  }
-NORM_FORWARD_LANES(f32)
-NORM_FORWARD_LANES(bf16)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_forward_f32_f32_block(
+    const float* x, const float* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, float* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_in_registers<BLOCK_GROUPS>(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_f32_f32_any(
+    const float* x, const float* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, float* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_any(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_forward_f32_bf16_block(
+    const float* x, const float* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, bf16* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_in_registers<BLOCK_GROUPS>(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_f32_bf16_any(
+    const float* x, const float* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, bf16* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_any(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_forward_bf16_f32_block(
+    const float* x, const bf16* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, float* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_in_registers<BLOCK_GROUPS>(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_bf16_f32_any(
+    const float* x, const bf16* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, float* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_any(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_forward_bf16_bf16_block(
+    const float* x, const bf16* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, bf16* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_in_registers<BLOCK_GROUPS>(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_bf16_bf16_any(
+    const float* x, const bf16* delta, float* h, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, bf16* y) {
+  __shared__ float scratch[32];
+  BlockTeam team(scratch);
+  forward_any(team, x, delta, h, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_f32_lanes(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,
+    int lanes,
+    float* y) {
+  LanesTeam team(rows, lanes);
+  const float* no_delta = nullptr;
+  forward_in_registers<LANES_GROUPS>(team, x, no_delta, nullptr, weight, weight_offset, eps, width, y);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_forward_bf16_lanes(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,
+    int lanes,
+    bf16* y) {
+  LanesTeam team(rows, lanes);
+  const float* no_delta = nullptr;
+  forward_in_registers<LANES_GROUPS>(team, x, no_delta, nullptr, weight, weight_offset, eps, width, y);
+}
 
 // ---- backward ---------------------------------------------------------------------------------------
 
@@ -233,9 +279,8 @@ __device__ __forceinline__ void backward_in_registers(
 
 template <class Grad>
 __device__ __forceinline__ void backward_any(
-    const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width, const Grad* dy,
-    const float* addend, float* dx) {
-  BlockTeam team;
+    const BlockTeam& team, const float* x, const float* __restrict__ weight, float weight_offset, float eps,
+    int width, const Grad* dy, const float* addend, float* dx) {
   i64 start = team.row * width;
   float sums[2] = {0.f, 0.f};
 #pragma unroll 4
@@ -255,22 +300,43 @@ __device__ __forceinline__ void backward_any(
   }
 }
 
-#define NORM_BACKWARD(GRAD)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_backward_##GRAD##_block(                     \
-      const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,            \
-      const GRAD* dy, const float* addend, float* dx) {                                                       \
-    backward_in_registers<BLOCK_GROUPS>(BlockTeam(), x, weight, weight_offset, eps, width, dy, addend, dx);   \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_##GRAD##_lanes(                         \
-      const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,  \
-      int lanes, const GRAD* dy, const float* addend, float* dx) {                                            \
-    LanesTeam team(rows, lanes);                                                                              \
-    backward_in_registers<LANES_GROUPS>(team, x, weight, weight_offset, eps, width, dy, addend, dx);          \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_##GRAD##_any(                           \
-      const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,            \
-      const GRAD* dy, const float* addend, float* dx) {                                                       \
-    backward_any(x, weight, weight_offset, eps, width, dy, addend, dx);                                       \
-  }
-NORM_BACKWARD(f32)
-NORM_BACKWARD(bf16)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_backward_f32_block(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,
+    const float* dy, const float* addend, float* dx) {
+  __shared__ float scratch[64];
+  BlockTeam team(scratch);
+  backward_in_registers<BLOCK_GROUPS>(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_f32_lanes(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,
+    int lanes, const float* dy, const float* addend, float* dx) {
+  LanesTeam team(rows, lanes);
+  backward_in_registers<LANES_GROUPS>(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_f32_any(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,
+    const float* dy, const float* addend, float* dx) {
+  __shared__ float scratch[64];
+  BlockTeam team(scratch);
+  backward_any(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) norm_backward_bf16_block(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,
+    const bf16* dy, const float* addend, float* dx) {
+  __shared__ float scratch[64];
+  BlockTeam team(scratch);
+  backward_in_registers<BLOCK_GROUPS>(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_bf16_lanes(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, i64 rows, int width,
+    int lanes, const bf16* dy, const float* addend, float* dx) {
+  LanesTeam team(rows, lanes);
+  backward_in_registers<LANES_GROUPS>(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_bf16_any(
+    const float* x, const float* __restrict__ weight, float weight_offset, float eps, int width,
+    const bf16* dy, const float* addend, float* dx) {
+  __shared__ float scratch[64];
+  BlockTeam team(scratch);
+  backward_any(team, x, weight, weight_offset, eps, width, dy, addend, dx);
+}

@@ -6,17 +6,18 @@
 //   partials  [4, S, width]         float32: the four sums of each segment
 //   sums      [4, width]            float64: Σv, Σ|v|, Σv², max|v| so far
 //
-// 1. moments_segments_*: one block sums a segment over a tile of columns. Warp w takes rows 8w.. 8w + 7, then
-//    those 32 further on, ...; eight rows are added as a tree, then the trees of a warp, then the four warps: at
-//    most 3 + 3 + 3 roundings of 2⁻²⁴ between a value and its sum. The order depends on the row's place in its
-//    segment alone.
+// 1. moments_segments_*: one block sums a segment over a tile of columns. Warp w takes rows 8w to 8w + 7, then
+//    those 32 further on, and so forth. Eight rows are added as a tree, then the trees of a warp, then the four
+//    warps: at most 3 + 3 + 2 roundings of 2⁻²⁴ between a value and its sum. The order depends on a row's place
+//    in its segment alone.
 // 2. moments_accumulate: one thread per column and sum adds the segments to float64, one after the other.
-// So a sample's numbers do not depend on its neighbours, and `sums` go through the same chain of additions however
-// a corpus is cut into calls, as long as samples stay whole.
+//
+// So a sample's numbers do not depend on its neighbours, and `sums` go through the same chain of additions
+// however a corpus is cut into calls, as long as samples stay whole.
 //
 // Partials cost 16 bytes written and read again per column and segment: 6 % of 128 rows of float32 and 12 % of
-// bfloat16 at most, much of it in the L2 cache; shorter segments cost more, longer ones leave small chunks with too
-// few blocks. Σv² is float32 within a segment: it is right for |v| between 1e-19 and 1e18.
+// bfloat16, much of it in the L2 cache. Shorter segments cost more; longer ones leave small chunks with too few
+// blocks. Σv² is float32 within a segment: right for |v| between 1e-19 and 1e18.
 //
 // The lowest index of a segment with a NaN, an infinity, or values whose squares leave float32, goes to
 // `non_finite` by an integer minimum. Where one is reported `sums` are unspecified (max|v| passes NaN over).
@@ -147,16 +148,26 @@ __device__ __forceinline__ void segment_sums(
   }
 }
 
-#define MOMENTS_SEGMENTS(T, SUFFIX, PIECE)                                                                    \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_##T##SUFFIX(                      \
-      const T* __restrict__ values, int width, const Segment* __restrict__ segments, float* partials,         \
-      u32* non_finite) {                                                                                      \
-    segment_sums<T, PIECE<T>>(values, width, segments, partials, non_finite);                                 \
-  }
-MOMENTS_SEGMENTS(f32, , Together)
-MOMENTS_SEGMENTS(bf16, , Together)
-MOMENTS_SEGMENTS(f32, _any, Apart)
-MOMENTS_SEGMENTS(bf16, _any, Apart)
+extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_f32(
+    const float* __restrict__ values, int width, const Segment* __restrict__ segments, float* partials,
+    u32* non_finite) {
+  segment_sums<float, Together<float>>(values, width, segments, partials, non_finite);
+}
+extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_f32_any(
+    const float* __restrict__ values, int width, const Segment* __restrict__ segments, float* partials,
+    u32* non_finite) {
+  segment_sums<float, Apart<float>>(values, width, segments, partials, non_finite);
+}
+extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_bf16(
+    const bf16* __restrict__ values, int width, const Segment* __restrict__ segments, float* partials,
+    u32* non_finite) {
+  segment_sums<bf16, Together<bf16>>(values, width, segments, partials, non_finite);
+}
+extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_bf16_any(
+    const bf16* __restrict__ values, int width, const Segment* __restrict__ segments, float* partials,
+    u32* non_finite) {
+  segment_sums<bf16, Apart<bf16>>(values, width, segments, partials, non_finite);
+}
 
 // ---- 2. partials to float64 -------------------------------------------------------------------------
 
