@@ -12,3 +12,7 @@ mod faults;
 mod host;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/norm.rs"]
+mod norm;
+#[path = "cuda/stats.rs"]
+mod stats;
