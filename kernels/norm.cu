@@ -10,7 +10,7 @@
 // buffer that is written may be one that is read at the same places: h = x (or a float32 delta), dx = addend
 // (or x, or a float32 dy). Rows do not see each other, so a row's result does not depend on the chunk.
 //
-// Three layouts, the same arguments:
+// Three layouts:
 //   _block  one block per row, the row in registers between the two passes over it. D a multiple of 4,
 //           D ≤ 8192. Grid N, block 32·ceil(D/512): 4 groups of 4 elements per thread.
 //   _lanes  several rows per warp (the heads of a query or key norm; no delta). D a multiple of 4, D ≤ 256.

@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) moments_segments_bf16_a
 // ---- 2. partials to float64 -------------------------------------------------------------------------
 
 constexpr int ACCUMULATE_THREADS = 64;
-constexpr int SEGMENTS_AT_ONCE = 16;
+constexpr int SEGMENTS_AT_ONCE = 32;  // loads of a thread under way together
 
 // Grid (ceil(width / 64), 4), block 64.
 extern "C" __global__ void __launch_bounds__(ACCUMULATE_THREADS) moments_accumulate(

@@ -83,8 +83,8 @@ impl Cuda {
         Ok(DeviceMoments { sums, count: 0 })
     }
 
-    /// See [`crate::backend::Backend::moments`]; x `[N, width]`. The sums are the same bytes for any cut of a corpus
-    /// into calls that keeps samples whole.
+    /// See [`crate::backend::Backend::moments`]; x `[N, width]`. The sums are the same bytes for any cut of a
+    /// corpus into calls that keeps samples whole.
     ///
     /// # Errors
     ///
