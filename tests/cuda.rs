@@ -12,5 +12,9 @@ mod faults;
 mod host;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/norm.rs"]
+mod norm;
 #[path = "cuda/static_checks.rs"]
 mod static_checks;
+#[path = "cuda/stats.rs"]
+mod stats;

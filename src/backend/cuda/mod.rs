@@ -11,7 +11,9 @@ pub mod device;
 pub mod launch;
 pub mod memory;
 pub mod module;
+pub mod norm;
 pub mod nvrtc;
+pub mod stats;
 
 pub use device::{Device, DeviceInfo, DeviceName, devices};
 pub use memory::{Buf, Element, Memory};

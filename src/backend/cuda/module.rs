@@ -41,7 +41,7 @@ pub struct Sources {
 impl Sources {
     /// As they were when the program was built.
     pub fn embedded() -> Self {
-        Self { files: vec![kernel_file!("common.cuh")] }
+        Self { files: vec![kernel_file!("common.cuh"), kernel_file!("norm.cu"), kernel_file!("stats.cu")] }
     }
 
     /// The same with one place of one file changed: how tests plant faults.
