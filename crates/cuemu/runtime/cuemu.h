@@ -52,6 +52,9 @@ int cuemu_launch(const CuemuLaunch* launch, char* error, size_t error_bytes);
 // `cuemu::global`. Null when there is no memory.
 void* cuemu_alloc(size_t bytes, uint32_t poison);
 void cuemu_free(void* block);
+// Makes other memory known as device memory (a module's `.global` and `.const` variables), and unknown again.
+void cuemu_register(void* block, size_t bytes);
+void cuemu_unregister(void* block);
 
 // Counters over all grids so far, for tests that want to know that an instruction was really executed.
 struct CuemuStats { uint64_t switches, blocks, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma, shared_conflicts; };
