@@ -304,9 +304,9 @@ void reset_thread(Block& block, uint32_t linear) {
   fiber.waits_on_mbarrier = no_barrier;
   fiber.copies.clear();
   fiber.copy_groups.clear();
-  fiber.copies_forgotten = fiber.copies_waited = fiber.copy_groups_waited = 0;
+  fiber.copies_forgotten = fiber.copies_waited = fiber.copies_tracked = 0;
   fiber.bulk_groups.assign(1, 0);
-  fiber.bulk_groups_waited = 0;
+  fiber.bulk_groups_used = fiber.bulk_groups_waited = 0;
   fiber.wgmma_issued = fiber.wgmma_waited = 0;
   fiber.wgmma_groups.clear();
   fiber.priority = launch->schedule.policy == CUEMU_PRIORITY ? static_cast<uint32_t>(random_bits()) : 0;
@@ -416,7 +416,7 @@ Block::Block()
   warps = std::make_unique<Warp[]>(warp_count);
   writes = std::make_unique<uint32_t[]>(window_bytes / 16);
   mbarriers = std::make_unique<uint64_t[]>(window_bytes / 8 / 64);
-  for (uint32_t first = 0; first < threads; first += warpgroup_threads) warpgroups.push_back(new_warpgroup());
+  for (uint32_t first = 0; first < threads; first += warpgroup_threads) warpgroups.emplace_back(new_warpgroup());
 }
 
 Block::~Block() {

@@ -64,16 +64,15 @@ struct Fiber : Thread {
   uint32_t waits_on_mbarrier, waits_on_parity;
   // cp.async: indices count from the thread's beginning; `copies` begins with number `copies_forgotten`.
   std::vector<Copy> copies;
-  std::vector<uint64_t> copy_groups;  // copies issued before each commit
-  uint64_t copies_forgotten, copies_waited;
-  size_t copy_groups_waited;
+  std::vector<uint64_t> copy_groups;  // copies issued before each commit not yet waited for
+  uint64_t copies_forgotten, copies_waited, copies_tracked;  // tracked: by an mbarrier
   // Bulk stores: operations of each group that the engine still has, the last group being the open one.
   std::vector<uint32_t> bulk_groups;
-  size_t bulk_groups_waited;
-  // wgmma: how many were issued, and how many of them at each commit.
+  size_t bulk_groups_used, bulk_groups_waited;  // used: up to the last one with a store in it
+  // wgmma: how many were issued, and how many of them before each commit not yet waited for.
   uint32_t wgmma_issued, wgmma_waited;
   std::vector<uint32_t> wgmma_groups;
-  Site wgmma_site, bulk_site;
+  Site wgmma_site, bulk_site;  // of the latest one
   void* fake_stack;  // AddressSanitizer's
   void* tsan_fiber;
 };
@@ -113,6 +112,7 @@ struct Barrier {
 };
 
 struct WarpgroupState;  // wgmma.cpp
+struct DeleteWarpgroup { void operator()(WarpgroupState* group) const; };
 
 // Places in `Block::tokens`, whose addresses ThreadSanitizer gets as names of synchronisations.
 constexpr size_t barrier_tokens = 0;
@@ -130,7 +130,7 @@ struct Block {
   std::unique_ptr<Warp[]> warps;
   uint32_t warp_count;
   Barrier barriers[barrier_count];
-  std::vector<std::unique_ptr<WarpgroupState>> warpgroups;
+  std::vector<std::unique_ptr<WarpgroupState, DeleteWarpgroup>> warpgroups;
   std::vector<Fiber*> mbarrier_waiters;
   char* window = nullptr;     // the block's shared memory
   uint64_t* tokens = nullptr;
@@ -172,7 +172,7 @@ struct Launch {
   uint32_t window_used;
   uint64_t shared_epoch;
   std::vector<std::pair<const void*, std::unique_ptr<Span[]>>> spans;
-  Span operand_span, copy_span, source_span;  // of the runtime's own accesses
+  Span operand_span, copy_span, source_span, barrier_span;  // of the runtime's own accesses
   CuemuStats stats;
   // The stack that `cuemu_launch` was called on.
   void* main_stack_pointer;
@@ -208,16 +208,18 @@ void require_proxy_fence(const Block& block, uint32_t offset, uint32_t bytes, co
 // async.cpp
 void check_copies_at_exit(Fiber& fiber);
 void run_copies(Fiber& fiber, uint64_t end);
-void mbarrier_complete(Fiber& issuer, uint32_t barrier, uint32_t arrivals, uint32_t bytes, Site site);
-uint64_t* mbarrier_at(uint64_t offset, Site site);  // fails unless there is one
+// What the engine does to an mbarrier: arrivals and bytes that have come.
+void mbarrier_complete(Block& block, uint32_t offset, uint32_t arrivals, uint32_t bytes, Site site);
+void require_mbarrier(uint64_t offset, Site site);
 
 // tma.cpp
 bool run_engine();  // executes one operation, if there is any
 void check_bulk_at_exit(Fiber& fiber);
 
 // wgmma.cpp
-std::unique_ptr<WarpgroupState> new_warpgroup();
+WarpgroupState* new_warpgroup();
 void reset_warpgroup(WarpgroupState& group);
+uint32_t swizzled(uint32_t address, uint32_t mode);  // 0 none, 1: 32, 2: 64, 3: 128 bytes
 void check_wgmma_at_exit(Fiber& fiber);
 
 // warp.cpp

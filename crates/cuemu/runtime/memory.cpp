@@ -157,8 +157,8 @@ uint32_t carve(const void* key, const char* name, size_t bytes, size_t align) {
 void lay_out_window(Block& block) {
   asan::unpoison(block.window, window_bytes);
   fill_pattern(block.window, launch->window_used, launch->schedule.poison);
-  std::memset(block.writes.get(), 0, (launch->window_used + 15) / 16 * sizeof(uint32_t));
-  std::memset(block.mbarriers.get(), 0, window_bytes / 8 / 8);
+  fill_pattern(block.writes.get(), (launch->window_used + 15) / 16 * sizeof(uint32_t), 0);
+  fill_pattern(block.mbarriers.get(), window_bytes / 8 / 8, 0);
   asan::poison(block.window, window_bytes);
   for (const SharedVariable& variable : launch->variables)
     asan::unpoison(block.window + variable.begin, variable.end - variable.begin);
