@@ -30,7 +30,11 @@ struct Registry {
     return std::upper_bound(allocations.begin(), allocations.end(), address,
                             [](uintptr_t a, const Allocation& b) { return a < b.begin; });
   }
-  void add(uintptr_t begin, uintptr_t end) { allocations.insert(after(begin), {begin, end}); }
+  void add(uintptr_t begin, uintptr_t end) {
+    for (Allocation& block : freed)
+      if (block.begin < end && begin < block.end) block = {};  // in use again
+    allocations.insert(after(begin), {begin, end});
+  }
   // False: there is none that begins there.
   bool remove(uintptr_t begin) {
     auto next = after(begin);
@@ -96,6 +100,8 @@ unsigned long long hex(uint64_t address) { return address; }
   if (previous && offset < previous->end)
     fail(site, "out of bounds %s of %u bytes at shared address 0x%llx: ends %llu bytes past the end of `%s` (%u bytes)",
          what, bytes, hex(offset), hex(offset + bytes - previous->end), previous->name, previous->end - previous->begin);
+  if (offset >= window_bytes)
+    fail(site, "%s of %u bytes at shared address 0x%llx: far outside shared memory", what, bytes, hex(offset));
   const uint64_t past = previous ? offset - previous->end : ~uint64_t(0);
   const uint64_t before = following ? following->begin - offset : ~uint64_t(0);
   if (previous && past <= before)
