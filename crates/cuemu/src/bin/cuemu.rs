@@ -125,7 +125,7 @@ fn library_folder() -> Result<PathBuf, String> {
     let library = candidates.iter().find(|path| path.exists()).ok_or_else(|| {
         format!("{} is missing: build the whole package (cargo build -p cuemu)", candidates[0].display())
     })?;
-    let folder = home.join("cuemu");
+    let folder = home.join("cuemu-driver");
     link(library, &folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     Ok(folder)
 }

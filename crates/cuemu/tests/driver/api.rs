@@ -233,8 +233,14 @@ pub trait Parameter {
     fn pointer(&self) -> *mut c_void;
 }
 
-impl<T: Copy> Parameter for T {
-    fn pointer(&self) -> *mut c_void {
-        std::ptr::from_ref(self).cast_mut().cast()
-    }
+macro_rules! parameters {
+    ($($type:ty),*) => {
+        $(impl Parameter for $type {
+            fn pointer(&self) -> *mut c_void {
+                std::ptr::from_ref(self).cast_mut().cast()
+            }
+        })*
+    };
 }
+
+parameters!(u32, u64);

@@ -120,6 +120,6 @@ fn kernel_of(pointer: u64) -> usize {
 #[test]
 fn threads_that_do_not_meet_are_an_error() {
     let _context = Context::new(0);
-    ok(launch(kernel("stuck"), (1, 32, 0), 0, &[]));
+    ok(launch(kernel("stuck"), (1, 32, 0), 0, &[&0_u32]));
     fails(cuStreamSynchronize(0), LAUNCH_FAILED, "barrier");
 }
