@@ -96,6 +96,17 @@ pub fn stand_in_path() -> PathBuf {
     env::current_exe().unwrap().with_file_name("libcuemu.so")
 }
 
+/// Whether kernels can be emulated here; if not, the reason was printed.
+pub fn runs_here() -> bool {
+    match driver() {
+        Ok(driver) => matches!(driver, Driver::StandIn(_)),
+        Err(reason) => {
+            skip_or_panic(&reason);
+            false
+        }
+    }
+}
+
 /// One test at a time: the schedule is the process's, and a grid keeps a core busy.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
