@@ -160,7 +160,7 @@ const char* change(Block& block, uint32_t offset, Phase phase) {
 
 void change_or_fail(uint64_t offset, const Phase& phase, Site site) {
   const char* const wrong = change(*current->block, static_cast<uint32_t>(offset), phase);
-  if (wrong) fail(site, "%s (mbarrier at shared address 0x%x, count %u):", wrong, static_cast<uint32_t>(offset), phase.expected);
+  if (wrong) fail(site, "%s (mbarrier at shared address 0x%x, count %u)", wrong, static_cast<uint32_t>(offset), phase.expected);
 }
 
 bool phase_is_over(uint64_t offset, uint32_t parity, Site site) {

@@ -23,7 +23,7 @@ void release_barrier(Barrier& barrier) {
 
 void open_barrier(Block& block, Barrier& barrier, bool everybody, uint32_t threads, Site site) {
   if (everybody && block.exited())
-    fail(site, "divergent barrier: this thread comes to a barrier of the whole block after %u threads exited:",
+    fail(site, "divergent barrier: this thread comes to a barrier of the whole block after %u threads exited",
          block.exited());
   barrier.everybody = everybody;
   barrier.needed = threads;
@@ -37,7 +37,7 @@ void require_whole_warps(const Block& block, const Barrier& barrier, uint32_t id
   for (uint32_t i = 0; i < block.warp_count; i++) {
     const Warp& warp = block.warps[i];
     if (barrier.lanes[i] && barrier.lanes[i] != warp.existing)
-      fail(site, "divergent barrier: of warp %u only the lanes %08x have come to barrier %u:", i, barrier.lanes[i], id);
+      fail(site, "divergent barrier: of warp %u only the lanes %08x have come to barrier %u", i, barrier.lanes[i], id);
   }
 }
 
@@ -56,7 +56,7 @@ int32_t arrive(uint32_t id, uint32_t count, bool waits, int32_t value, Site site
   if (barrier.arrived == 0) {
     open_barrier(block, barrier, everybody, needed, site);
   } else if (barrier.needed != needed) {
-    fail(site, "barrier %u: this thread counts %u threads, %u others count %u (at %s:%d):", id, needed,
+    fail(site, "barrier %u: this thread counts %u threads, %u others count %u (%s:%d)", id, needed,
          barrier.arrived, barrier.needed, file_name(barrier.site), barrier.site.line);
   } else if (everybody && count == all_threads && !same_site(barrier.site, site)) {
     fail(site, "divergent barrier: %u threads wait for the whole block at %s:%d, this one is", barrier.arrived,
@@ -64,7 +64,7 @@ int32_t arrive(uint32_t id, uint32_t count, bool waits, int32_t value, Site site
   }
   uint32_t& lanes = barrier.lanes[fiber->linear / warp_lanes];
   if (lanes >> fiber->lane & 1)
-    fail(site, "barrier %u: this thread comes a second time before the barrier is complete (%u of %u threads):", id,
+    fail(site, "barrier %u: this thread comes a second time before the barrier is complete (%u of %u threads)", id,
          barrier.arrived, needed);
   lanes |= 1u << fiber->lane;
   barrier.arrived++;

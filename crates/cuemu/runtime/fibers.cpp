@@ -44,7 +44,13 @@ char tsan_launch_order;  // grids that do not overlap in time are ordered: by wh
 struct StackPool {
   std::vector<char*> free;
   ~StackPool() {
-    for (char* stack : free) munmap(stack - guard_bytes, stack_bytes + guard_bytes);
+    for (char* stack : free) unmap(stack);
+  }
+  static void unmap(char* stack) { munmap(stack - guard_bytes, stack_bytes + guard_bytes); }
+  void put(char* stack) {
+    // ThreadSanitizer remembers what the threads of a grid that failed wrote there.
+    if (tsan::enabled) unmap(stack);
+    else free.push_back(stack);
   }
   char* take() {
     if (!free.empty()) {
@@ -401,6 +407,14 @@ void run_grid() {
     }
     if (launch->failed) break;
   }
+  if constexpr (tsan::enabled)
+    for (const auto& block : launch->live)  // of a grid that failed: what its threads did is over all the same
+      for (uint32_t i = 0; i < block->threads; i++) {
+        if (!block->fibers[i].tsan_fiber) continue;
+        tsan::switch_to(block->fibers[i].tsan_fiber);
+        tsan::release(launch);
+        tsan::switch_to(launch->main_tsan_fiber);
+      }
   tsan::acquire(launch);
   launch->live.clear();
   launch->pool.clear();
@@ -423,7 +437,7 @@ Block::~Block() {
   for (uint32_t i = 0; i < threads; i++) {
     if (fibers[i].stack) {
       asan::unpoison(fibers[i].stack, stack_bytes);
-      stack_pool.free.push_back(fibers[i].stack);
+      stack_pool.put(fibers[i].stack);
     }
     // One that was abandoned would be reported for ending inside an `Ignore`.
     if (fibers[i].tsan_fiber && !launch->failed) tsan::destroy_fiber(fibers[i].tsan_fiber);

@@ -88,6 +88,29 @@ void check_bulk(uint64_t shared, uint64_t global, uint32_t bytes, const char* wh
   device_bytes_at(launch->source_span, global, bytes, 16, what, site);
 }
 
+// To ThreadSanitizer the engine is a thread of its own.
+template <class Work> void as_engine(Work work) {
+  void* const here = current ? self()->tsan_fiber : launch->main_tsan_fiber;
+  tsan::switch_to(launch->engine_tsan_fiber);
+  tsan::ignore_begin();
+  work();
+  tsan::ignore_end();
+  tsan::switch_to(here);
+}
+
+// Its accesses to shared memory last from the issue to the execution: they are told at both.
+void take_over(const Operation& operation, bool writes) {
+  if constexpr (tsan::enabled) {
+    const char* const memory = operation.issuer->shared_base + operation.shared;
+    tsan::release(memory);
+    as_engine([&] {
+      tsan::acquire(memory);
+      if (writes) tsan::wrote(memory, operation.bytes);
+      else tsan::read(memory, operation.bytes);
+    });
+  }
+}
+
 void issue(const Operation& operation) {
   launch->stats.tma++;
   operation.issuer->block->operations++;
@@ -99,8 +122,7 @@ void issue_load(const Operation& operation) {
   char* const destination = operation.issuer->shared_base + operation.shared;
   fill_pattern(destination, operation.bytes, launch->schedule.poison);
   mark_clean(*operation.issuer, operation.shared, operation.bytes);
-  tsan::wrote(destination, operation.bytes);
-  tsan::release(destination);
+  take_over(operation, true);
   issue(operation);
 }
 
@@ -111,7 +133,7 @@ void issue_store(Operation operation, const char* what) {
   fiber.bulk_groups.back()++;
   fiber.bulk_groups_used = fiber.bulk_groups.size();
   fiber.bulk_site = operation.site;
-  tsan::release(fiber.shared_base + operation.shared);
+  take_over(operation, false);
   issue(operation);
 }
 
@@ -150,7 +172,6 @@ void execute(const Operation& operation) {
   switch (operation.kind) {
     case Operation::tensor_load:
     case Operation::bulk_load:
-      tsan::acquire(memory);
       tsan::wrote(memory, operation.bytes);
       if (operation.kind == Operation::tensor_load) {
         for_each_line(operation.map, operation.coordinates,
@@ -163,7 +184,6 @@ void execute(const Operation& operation) {
       break;
     case Operation::tensor_store:
     case Operation::bulk_store:
-      tsan::acquire(memory);
       tsan::read(memory, operation.bytes);
       if (operation.kind == Operation::tensor_store) {
         for_each_line(operation.map, operation.coordinates,
@@ -192,14 +212,7 @@ bool run_engine() {
   queue.erase(queue.begin() + static_cast<ptrdiff_t>(place));
   launch->idle_rounds = 0;
 
-  // To ThreadSanitizer the engine is a thread of its own.
-  void* const here = current ? self()->tsan_fiber : launch->main_tsan_fiber;
-  tsan::switch_to(launch->engine_tsan_fiber);
-  tsan::ignore_begin();
-  execute(operation);
-  tsan::ignore_end();
-  tsan::switch_to(here);
-
+  as_engine([&] { execute(operation); });
   Fiber& issuer = *operation.issuer;
   issuer.block->operations--;
   switch (operation.kind) {

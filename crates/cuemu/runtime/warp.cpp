@@ -35,7 +35,7 @@ void finish_shuffle(Warp& warp, const Collective& open) {
     }
     if (!in_range) from = here;
     if (!(open.mask >> from & 1))
-      fail(open.site, "shfl.sync: lane %u reads from lane %d, which is not in the mask %08x:", lane, from, open.mask);
+      fail(open.site, "shfl.sync: lane %u reads from lane %d, which is not in the mask %08x", lane, from, open.mask);
     mine.result = {brought<ShuffleLane>(warp, static_cast<uint32_t>(from)).value, in_range};
   });
 }
@@ -94,7 +94,7 @@ void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp
   Fiber* const fiber = self();
   Warp& warp = *fiber->warp;
   const uint32_t lane_bit = 1u << fiber->lane;
-  if (!(mask & lane_bit)) fail(site, "%s: the mask %08x does not contain the calling lane %u:", name, mask, fiber->lane);
+  if (!(mask & lane_bit)) fail(site, "%s: the mask %08x does not contain the calling lane %u", name, mask, fiber->lane);
   Collective* open = nullptr;
   for_each_lane(warp.open, [&](uint32_t i) {
     Collective& other = warp.collectives[i];
@@ -106,7 +106,7 @@ void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp
   });
   if (!open) {
     if (const uint32_t gone = mask & ~warp.alive)
-      fail(site, "%s: lanes %08x of the mask %08x %s:", name, gone, mask,
+      fail(site, "%s: lanes %08x of the mask %08x %s", name, gone, mask,
            gone & warp.existing ? "have exited" : "do not exist");
     const uint32_t place = static_cast<uint32_t>(__builtin_ctz(~warp.open));
     open = &warp.collectives[place];

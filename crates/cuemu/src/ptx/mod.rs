@@ -20,7 +20,9 @@
 
 mod emit;
 mod lex;
+mod operands;
 mod parse;
+mod syntax;
 mod types;
 
 use std::fmt;

@@ -1,137 +1,9 @@
 //! Tokens → items: declarations, statements, labels and scopes, with every operand typed.
 
-use std::collections::HashMap;
-
 use super::Error;
 use super::lex::{Kind, Token, tokens};
+use super::syntax::{Function, Instruction, Item, Module, Operand, Space, Variable};
 use super::types::Type;
-
-/// A whole PTX module.
-#[derive(Debug, Default)]
-pub struct Module<'a> {
-    /// `.file` numbers and paths.
-    pub files: HashMap<u32, &'a str>,
-    /// Variables of module scope.
-    pub variables: Vec<Variable<'a>>,
-    /// Kernels and device functions, in source order; declarations without a body are left out.
-    pub functions: Vec<Function<'a>>,
-}
-
-/// Where a variable lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "named as in PTX")]
-pub enum Space {
-    Global,
-    Const,
-    Shared,
-    Local,
-    Param,
-    Generic,
-}
-
-/// A variable or a parameter.
-#[derive(Clone, Debug)]
-pub struct Variable<'a> {
-    /// Its state space.
-    pub space: Space,
-    /// Alignment in bytes.
-    pub align: u32,
-    /// Type of an element.
-    pub ty: Type,
-    /// Its name.
-    pub name: &'a str,
-    /// `None`: not an array. `Some(0)`: an array whose size the launch decides.
-    pub count: Option<usize>,
-    /// Bit patterns of the first elements; the others are zero.
-    pub initial: Vec<u64>,
-}
-
-impl Variable<'_> {
-    /// Its size in bytes.
-    pub fn bytes(&self) -> usize {
-        self.ty.bytes() as usize * self.count.unwrap_or(1)
-    }
-}
-
-/// A kernel (`.entry`) or a device function (`.func`).
-#[derive(Debug)]
-pub struct Function<'a> {
-    /// Whether it is a kernel.
-    pub entry: bool,
-    /// Its name.
-    pub name: &'a str,
-    /// What it takes, all by value.
-    pub parameters: Vec<Variable<'a>>,
-    /// What it returns.
-    pub result: Option<Variable<'a>>,
-    /// Product of `.maxntid` or `.reqntid`; 0: not given.
-    pub max_threads: u32,
-    /// Its body.
-    pub items: Vec<Item<'a>>,
-}
-
-/// A piece of a body.
-#[derive(Debug)]
-pub enum Item<'a> {
-    /// `{`
-    Open,
-    /// `}`
-    Close,
-    /// `name:`
-    Label(&'a str),
-    /// `.loc`: the statements that follow stand on this line of this file.
-    Location(u32, u32),
-    /// `.reg`
-    Registers(Type, Vec<String>),
-    /// `.shared`, `.local` or `.param`
-    Variable(Variable<'a>),
-    /// `name: .branchtargets label, label;`
-    Targets(&'a str, Vec<&'a str>),
-    /// Any other statement.
-    Instruction(Instruction<'a>),
-}
-
-/// One instruction.
-#[derive(Debug)]
-pub struct Instruction<'a> {
-    /// Its line in the PTX.
-    pub line: usize,
-    /// As it stands there.
-    pub text: &'a str,
-    /// `@%p`: the predicate, and whether it is negated.
-    pub guard: Option<(&'a str, bool)>,
-    /// The first part of the opcode.
-    pub name: &'a str,
-    /// The other parts.
-    pub modifiers: Vec<&'a str>,
-    /// What stands between the commas.
-    pub operands: Vec<Operand<'a>>,
-}
-
-/// An operand.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Operand<'a> {
-    /// A register, a special register, a variable, a label or a function.
-    Name(&'a str),
-    /// `!%p`
-    Not(Box<Operand<'a>>),
-    /// An integer, sign included.
-    Integer(i128),
-    /// `0f…`
-    Single(u32),
-    /// `0d…`, or a decimal number.
-    Double(u64),
-    /// `variable+4`, outside brackets.
-    Sum(&'a str, i64),
-    /// `[base+offset]`, or `[base, {coordinates}]`.
-    Address { base: Box<Operand<'a>>, offset: i64, coordinates: Vec<Operand<'a>> },
-    /// `{a, b}`
-    Vector(Vec<Operand<'a>>),
-    /// `(a, b)`, of a call.
-    List(Vec<Operand<'a>>),
-    /// `a|b`: two results.
-    Pair(Box<Operand<'a>>, Box<Operand<'a>>),
-}
 
 /// Parses a module.
 pub fn parse(source: &str) -> Result<Module<'_>, Error> {
@@ -139,15 +11,16 @@ pub fn parse(source: &str) -> Result<Module<'_>, Error> {
     parser.module()
 }
 
-struct Parser<'a> {
+/// Walks the tokens.
+pub(super) struct Parser<'a> {
     source: &'a str,
     tokens: Vec<Token<'a>>,
-    next: usize,
+    pub(super) next: usize,
     kernel: Option<&'a str>,
 }
 
 impl<'a> Parser<'a> {
-    fn peek(&self) -> Option<Kind<'a>> {
+    pub(super) fn peek(&self) -> Option<Kind<'a>> {
         self.tokens.get(self.next).map(|t| t.kind)
     }
 
@@ -155,37 +28,38 @@ impl<'a> Parser<'a> {
         self.tokens.get(self.next).or(self.tokens.last()).map_or(0, |t| t.line)
     }
 
-    fn error(&self, message: impl Into<String>) -> Error {
+    pub(super) fn error(&self, message: impl Into<String>) -> Error {
         Error::new(self.line(), self.kernel, message.into())
     }
 
-    fn bump(&mut self) -> Result<Kind<'a>, Error> {
+    pub(super) fn bump(&mut self) -> Result<Kind<'a>, Error> {
         let kind = self.peek().ok_or_else(|| self.error("the text ends in the middle of a statement"))?;
         self.next += 1;
         Ok(kind)
     }
 
     /// Takes the character `mark` if it comes next.
-    fn accept(&mut self, mark: char) -> bool {
+    pub(super) fn accept(&mut self, mark: char) -> bool {
         let found = self.peek() == Some(Kind::Mark(mark));
         self.next += usize::from(found);
         found
     }
 
-    fn expect(&mut self, mark: char) -> Result<(), Error> {
+    pub(super) fn expect(&mut self, mark: char) -> Result<(), Error> {
         if self.accept(mark) {
             return Ok(());
         }
         Err(self.error(format!("expected `{mark}`, found {:?}", self.peek())))
     }
 
-    fn word(&mut self) -> Result<&'a str, Error> {
+    pub(super) fn word(&mut self) -> Result<&'a str, Error> {
         match self.peek() {
             Some(Kind::Word(word)) => {
                 self.next += 1;
                 Ok(word)
             }
-            other => Err(self.error(format!("expected a name, found {other:?}"))),
+            Some(other) => Err(self.error(format!("expected a name, found {other:?}"))),
+            None => Err(self.error("the text ends in the middle of a statement")),
         }
     }
 
@@ -264,8 +138,7 @@ impl<'a> Parser<'a> {
         self.kernel = Some(name);
         let parameters = if self.peek() == Some(Kind::Mark('(')) { self.parameters()? } else { vec![] };
         let mut max_threads = 0;
-        loop {
-            let Some(directive) = self.directive() else { break };
+        while let Some(directive) = self.directive() {
             match directive {
                 "maxntid" | "reqntid" => max_threads = self.product()?,
                 "reqnctapercluster" => {
@@ -509,115 +382,4 @@ impl<'a> Parser<'a> {
             }
         }
     }
-
-    fn operand(&mut self) -> Result<Operand<'a>, Error> {
-        let first = match self.peek() {
-            Some(Kind::Mark('!')) => {
-                self.next += 1;
-                return Ok(Operand::Not(Box::new(self.operand()?)));
-            }
-            Some(Kind::Mark('{')) => {
-                self.next += 1;
-                return Ok(Operand::Vector(self.operands('}')?));
-            }
-            Some(Kind::Mark('(')) => {
-                self.next += 1;
-                return Ok(Operand::List(self.operands(')')?));
-            }
-            Some(Kind::Mark('[')) => {
-                self.next += 1;
-                return self.address();
-            }
-            Some(Kind::Mark('-')) => {
-                self.next += 1;
-                return self.number(true);
-            }
-            Some(Kind::Number(_)) => return self.number(false),
-            _ => self.word()?,
-        };
-        if self.accept('|') {
-            return Ok(Operand::Pair(Box::new(Operand::Name(first)), Box::new(self.operand()?)));
-        }
-        match self.offset()? {
-            0 => Ok(Operand::Name(first)),
-            offset => Ok(Operand::Sum(first, offset)),
-        }
-    }
-
-    fn operands(&mut self, end: char) -> Result<Vec<Operand<'a>>, Error> {
-        let mut found = Vec::new();
-        while !self.accept(end) {
-            found.push(self.operand()?);
-            if !self.accept(',') {
-                self.expect(end)?;
-                break;
-            }
-        }
-        Ok(found)
-    }
-
-    /// After `[`.
-    fn address(&mut self) -> Result<Operand<'a>, Error> {
-        let base = Box::new(match self.peek() {
-            Some(Kind::Number(_)) => self.number(false)?,
-            _ => Operand::Name(self.word()?),
-        });
-        let offset = self.offset()?;
-        let mut coordinates = Vec::new();
-        if self.accept(',') {
-            self.expect('{')?;
-            coordinates = self.operands('}')?;
-        }
-        self.expect(']')?;
-        Ok(Operand::Address { base, offset, coordinates })
-    }
-
-    /// `+4`, `+-4`, `-4` or nothing.
-    fn offset(&mut self) -> Result<i64, Error> {
-        let plus = self.accept('+');
-        let negative = self.accept('-');
-        if !plus && !negative {
-            return Ok(0);
-        }
-        match self.number(negative)? {
-            Operand::Integer(value) => Ok(value as i64),
-            _ => Err(self.error("an offset that is not an integer")),
-        }
-    }
-
-    fn number(&mut self, negative: bool) -> Result<Operand<'a>, Error> {
-        let Kind::Number(text) = self.bump()? else {
-            self.next -= 1;
-            return Err(self.error(format!("expected a number, found {:?}", self.peek())));
-        };
-        number(text, negative).ok_or_else(|| self.error(format!("not a number: `{text}`")))
-    }
-}
-
-/// A number of any form of PTX.
-fn number(text: &str, negative: bool) -> Option<Operand<'static>> {
-    let hexadecimal = |digits: &str| u64::from_str_radix(digits, 16).ok();
-    let lower = text.to_ascii_lowercase();
-    if let Some(digits) = lower.strip_prefix("0f").filter(|d| d.len() == 8) {
-        let sign = u32::from(negative) << 31;
-        return hexadecimal(digits).map(|bits| Operand::Single(bits as u32 ^ sign));
-    }
-    if let Some(digits) = lower.strip_prefix("0d").filter(|d| d.len() == 16) {
-        let sign = u64::from(negative) << 63;
-        return hexadecimal(digits).map(|bits| Operand::Double(bits ^ sign));
-    }
-    let plain = lower.strip_suffix('u').unwrap_or(&lower);
-    let value = if let Some(digits) = plain.strip_prefix("0x") {
-        i128::from(hexadecimal(digits)?)
-    } else if let Some(digits) = plain.strip_prefix("0b") {
-        i128::from(u64::from_str_radix(digits, 2).ok()?)
-    } else if plain.contains(['.', 'e']) {
-        let value: f64 = plain.parse().ok()?;
-        return Some(Operand::Double(if negative { -value } else { value }.to_bits()));
-    } else if plain.len() > 1 && plain.starts_with('0') {
-        i128::from(u64::from_str_radix(plain, 8).ok()?)
-    } else {
-        i128::from(plain.parse::<u64>().ok()?)
-    };
-    Some(Operand::Integer(if negative { -value } else { value }))
 }

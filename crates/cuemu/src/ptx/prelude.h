@@ -1,13 +1,8 @@
 // What the generated functions use besides cuemu.h and ptx_helpers.h.
 namespace ptx = cuemu::ptx;
 
-// Spans of the checked accesses of a function. They are kept from thread to thread of a grid; not under
-// ThreadSanitizer, which would see its fibers race for them.
-#ifdef __SANITIZE_THREAD__
-#define CUEMU_SPANS(count) cuemu::Span s_[count]
-#else
+// Spans of the checked accesses of a function: of this OS thread, since all threads of a grid run on one.
 #define CUEMU_SPANS(count) static thread_local cuemu::Span spans_[count]; cuemu::Span* const s_ = spans_
-#endif
 
 // Variables of module scope are not device allocations: an access inside one is found here.
 struct Variable_ { uint64_t begin, bytes; };
@@ -35,4 +30,3 @@ static inline uint64_t nanoseconds_() {
   clock_gettime(CLOCK_MONOTONIC, &now);
   return uint64_t(now.tv_sec) * 1000000000u + uint64_t(now.tv_nsec);
 }
-template <class T> static inline T slct_(T a, T b, bool first) { return first ? a : b; }

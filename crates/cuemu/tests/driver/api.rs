@@ -82,6 +82,9 @@ functions! {
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> i32;
     cuMemHostAlloc(pointer: *mut *mut c_void, bytes: usize, flags: u32) -> i32;
     cuMemFreeHost(pointer: *mut c_void) -> i32;
+    cuMemHostRegister_v2(pointer: u64, bytes: usize, flags: u32) -> i32;
+    cuMemHostUnregister(pointer: u64) -> i32;
+    cuMemHostGetDevicePointer_v2(device: *mut u64, host: u64, flags: u32) -> i32;
     cuMemcpyHtoD_v2(to: u64, from: *const c_void, bytes: usize) -> i32;
     cuMemcpyDtoH_v2(to: *mut c_void, from: u64, bytes: usize) -> i32;
     cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Handle) -> i32;

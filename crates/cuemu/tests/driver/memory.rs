@@ -129,3 +129,19 @@ fn tensor_maps_are_checked() {
     fails(encode([128, 64], 256, [64, 300], pointer), INVALID_VALUE, "box size 300");
     assert_eq!(map.0[0].to_le_bytes(), *b"tnsormap");
 }
+
+#[test]
+fn kernels_reach_page_locked_memory() {
+    let _context = Context::new(0);
+    let mut host = vec![0_u32; 4];
+    let address = host.as_mut_ptr() as u64;
+    assert_eq!(cuMemHostUnregister(address), 713);
+    ok(cuMemHostRegister_v2(address, 16, 0));
+    assert_eq!(cuMemHostRegister_v2(address + 8, 16, 0), 712);
+    let pointer = made(|pointer| cuMemHostGetDevicePointer_v2(pointer, address, 0));
+    fill(pointer, 4, 6, 0);
+    ok(cuStreamSynchronize(0));
+    ok(cuMemHostUnregister(address));
+    assert_eq!(host, [6; 4]);
+    fails(cuMemHostGetDevicePointer_v2(&mut 0, address, 0), INVALID_VALUE, "page-locked");
+}

@@ -41,7 +41,9 @@ fn products() {
         ("mul.wide.s32 %l, %a, %b;", |x| Out::L((i64::from(x.s(0)) * i64::from(x.s(1))) as u64)),
         ("mul.wide.u32 %l, %a, %b;", |x| Out::L(u64::from(x.r(0)) * u64::from(x.r(1)))),
         ("mul.wide.u16 %r, %ha, %hb;", |x| Out::R(u32::from(x.h(0)) * u32::from(x.h(1)))),
-        ("mul.wide.s16 %r, %ha, %hb;", |x| Out::R((i32::from(x.h(0) as i16) * i32::from(x.h(1) as i16)) as u32)),
+        ("mul.wide.s16 %r, %ha, %hb;", |x| {
+            Out::R((i32::from(x.h(0) as i16) * i32::from(x.h(1) as i16)) as u32)
+        }),
         ("mad.lo.s32 %r, %a, %b, %c;", |x| Out::R(x.r(0).wrapping_mul(x.r(1)).wrapping_add(x.r(2)))),
         ("mad.hi.u32 %r, %a, %b, %c;", |x| {
             Out::R(((u64::from(x.r(0)) * u64::from(x.r(1)) >> 32) as u32).wrapping_add(x.r(2)))
@@ -72,11 +74,17 @@ fn products() {
 #[test]
 fn quotients() {
     let cases: &[Case] = &[
-        ("div.s32 %r, %a, %b;", |x| Out::R(if x.s(1) == 0 { u32::MAX } else { x.s(0).wrapping_div(x.s(1)) as u32 })),
+        ("div.s32 %r, %a, %b;", |x| {
+            Out::R(if x.s(1) == 0 { u32::MAX } else { x.s(0).wrapping_div(x.s(1)) as u32 })
+        }),
         ("div.u32 %r, %a, %b;", |x| Out::R(x.r(0).checked_div(x.r(1)).unwrap_or(u32::MAX))),
-        ("rem.s32 %r, %a, %b;", |x| Out::R(if x.s(1) == 0 { x.r(0) } else { x.s(0).wrapping_rem(x.s(1)) as u32 })),
+        ("rem.s32 %r, %a, %b;", |x| {
+            Out::R(if x.s(1) == 0 { x.r(0) } else { x.s(0).wrapping_rem(x.s(1)) as u32 })
+        }),
         ("rem.u64 %l, %la, %lb;", |x| Out::L(x.l(0).checked_rem(x.l(1)).unwrap_or(x.l(0)))),
-        ("div.s64 %l, %la, %lb;", |x| Out::L(if x.sl(1) == 0 { u64::MAX } else { x.sl(0).wrapping_div(x.sl(1)) as u64 })),
+        ("div.s64 %l, %la, %lb;", |x| {
+            Out::L(if x.sl(1) == 0 { u64::MAX } else { x.sl(0).wrapping_div(x.sl(1)) as u64 })
+        }),
         ("div.u16 %h, %ha, 10;", |x| Out::H(x.h(0) / 10)),
     ];
     check(cases, &integers(600));

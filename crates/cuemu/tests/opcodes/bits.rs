@@ -63,7 +63,9 @@ fn fields() {
         ("brev.b32 %r, %a;", |x| Out::R(x.r(0).reverse_bits())),
         ("brev.b64 %l, %la;", |x| Out::L(x.l(0).reverse_bits())),
         ("bfind.u32 %r, %a;", |x| Out::R(31_u32.wrapping_sub(x.r(0).leading_zeros()))),
-        ("bfind.shiftamt.u32 %r, %a;", |x| Out::R(if x.r(0) == 0 { u32::MAX } else { x.r(0).leading_zeros() })),
+        ("bfind.shiftamt.u32 %r, %a;", |x| {
+            Out::R(if x.r(0) == 0 { u32::MAX } else { x.r(0).leading_zeros() })
+        }),
         ("bfind.s64 %r, %la;", |x| {
             let a = if x.sl(0) < 0 { !x.l(0) } else { x.l(0) };
             Out::R(63_u32.wrapping_sub(a.leading_zeros()))

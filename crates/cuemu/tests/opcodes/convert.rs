@@ -80,7 +80,9 @@ fn singles_to_others() {
         ("cvt.rpi.ftz.s32.f32 %r, %fa;", |x| Out::R(x.f(0).ceil() as i32 as u32)),
         ("cvt.rzi.s16.f32 %h, %fa;", |x| Out::H(x.f(0) as i16 as u16)),
         ("cvt.rzi.u8.f32 %h, %fa;", |x| Out::H(u16::from(x.f(0) as u8))),
-        ("cvt.rzi.s64.f32 %l, %fa;", |x| Out::L(if x.f(0).is_nan() { 1 << 63 } else { x.f(0) as i64 as u64 })),
+        ("cvt.rzi.s64.f32 %l, %fa;", |x| {
+            Out::L(if x.f(0).is_nan() { 1 << 63 } else { x.f(0) as i64 as u64 })
+        }),
         ("cvt.rni.f32.f32 %f, %fa;", |x| Out::F(x.f(0).round_ties_even())),
         ("cvt.rzi.f32.f32 %f, %fa;", |x| Out::F(x.f(0).trunc())),
         ("cvt.rmi.f32.f32 %f, %fa;", |x| Out::F(x.f(0).floor())),
@@ -99,7 +101,9 @@ fn singles_to_others() {
 fn doubles_to_others() {
     let cases: &[Case] = &[
         ("cvt.rn.f32.f64 %f, %da;", |x| Out::F(x.d(0) as f32)),
-        ("cvt.rzi.s64.f64 %l, %da;", |x| Out::L(if x.d(0).is_nan() { 1 << 63 } else { x.d(0) as i64 as u64 })),
+        ("cvt.rzi.s64.f64 %l, %da;", |x| {
+            Out::L(if x.d(0).is_nan() { 1 << 63 } else { x.d(0) as i64 as u64 })
+        }),
         ("cvt.rni.f64.f64 %d, %da;", |x| Out::D(x.d(0).round_ties_even())),
     ];
     check(cases, &doubles(600));

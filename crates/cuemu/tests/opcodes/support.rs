@@ -43,7 +43,9 @@ impl Buffer {
     pub fn from<T: Copy>(values: &[T]) -> Self {
         let buffer = Self::new(size_of_val(values));
         // SAFETY: the buffer has the size of the values.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), buffer.pointer.as_ptr(), buffer.bytes) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(values.as_ptr().cast(), buffer.pointer.as_ptr(), buffer.bytes)
+        };
         buffer
     }
 
@@ -91,7 +93,8 @@ pub fn launch_as(
 
 /// The same, with the plainest schedule and no failure.
 pub fn launch(ptx: &str, grid: u32, block: u32, parameters: &[u64]) {
-    launch_as(ptx, grid, block, 0, parameters, Schedule::default()).unwrap_or_else(|error| panic!("{error}\n{ptx}"));
+    launch_as(ptx, grid, block, 0, parameters, Schedule::default())
+        .unwrap_or_else(|error| panic!("{error}\n{ptx}"));
 }
 
 /// The operands of an instruction under test, three of each kind.
@@ -225,8 +228,7 @@ pub fn check(cases: &[Case], inputs: &[Input]) {
 /// Integers of all sizes, with the edges among them.
 pub fn integers(count: usize) -> Vec<Input> {
     let mut random = Random(1);
-    const EDGES: [u64; 10] =
-        [0, 1, 2, 31, 32, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63, u64::MAX];
+    const EDGES: [u64; 10] = [0, 1, 2, 31, 32, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63, u64::MAX];
     let mut one = || match random.next() % 4 {
         0 => EDGES[(random.next() % 10) as usize],
         1 => random.next() % 100,

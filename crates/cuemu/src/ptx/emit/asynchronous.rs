@@ -1,6 +1,6 @@
 //! Asynchronous copies and mbarriers.
 
-use super::super::parse::{Operand, Space};
+use super::super::syntax::{Operand, Space};
 use super::super::types::Type;
 use super::operand::Op;
 use super::{Body, Result};

@@ -1,6 +1,6 @@
 //! Comparisons and selections.
 
-use super::super::parse::Operand;
+use super::super::syntax::Operand;
 use super::super::types::Type;
 use super::operand::Op;
 use super::{Body, Result};
@@ -59,6 +59,9 @@ impl<'a> Body<'a, '_> {
             }
             "setp" => {
                 let (test, combine) = self.test(op, ty)?;
+                if matches!(op.operand(0)?, Operand::Name(_)) {
+                    return self.result(op, Type::Pred, &combine(&test));
+                }
                 self.push(format!("{{ const bool c_ = {test};"));
                 let (first, second) = match op.operand(0)? {
                     Operand::Pair(first, second) => (&**first, Some(&**second)),

@@ -1,6 +1,6 @@
 //! Branches, calls, barriers and fences.
 
-use super::super::parse::Operand;
+use super::super::syntax::Operand;
 use super::super::types::Type;
 use super::operand::Op;
 use super::scope::{Symbol, mangled};

@@ -1,6 +1,6 @@
 //! Loads, stores, atomics, moves and addresses.
 
-use super::super::parse::{Operand, Space};
+use super::super::syntax::{Operand, Space};
 use super::super::types::Type;
 use super::operand::{Op, vector};
 use super::{Body, Result};

@@ -20,7 +20,7 @@ use std::fmt::Write;
 use self::operand::Op;
 use self::scope::{Scope, Symbol, mangled};
 use super::Error;
-use super::parse::{Function, Instruction, Item, Module, Operand, Space, Variable};
+use super::syntax::{Function, Instruction, Item, Module, Operand, Space, Variable};
 use super::types::Type;
 
 /// Of one instruction: the message says what is wrong, who calls knows where.
@@ -31,15 +31,6 @@ pub(super) fn module(module: &Module<'_>) -> std::result::Result<String, Error> 
     let mut text = String::from("#include \"cuemu.h\"\n#include \"ptx_helpers.h\"\n#include <time.h>\n");
     text += include_str!("../prelude.h");
     module_variables(&mut text, &module.variables);
-    for function in &module.functions {
-        for item in &function.items {
-            if let Item::Variable(variable) = item
-                && variable.space == Space::Shared
-            {
-                line(&mut text, format_args!("static const char key_{} = 0;", mangled(variable.name)));
-            }
-        }
-    }
     for function in &module.functions {
         line(&mut text, format_args!("{};", signature(function)));
     }
@@ -119,30 +110,37 @@ fn signature(function: &Function<'_>) -> String {
 /// What a function needs of others: its shared variables and whom it calls.
 #[derive(Default)]
 struct Uses<'a> {
-    shared: Vec<Variable<'a>>,
+    shared: Vec<SharedUse>,
     calls: Vec<&'a str>,
 }
 
-/// Bytes of the shared variables of `name` and of all that it calls.
-fn shared_bytes<'a>(
-    uses: &HashMap<&'a str, Uses<'a>>,
-    name: &'a str,
-    seen: &mut HashSet<&'a str>,
-    mut offset: usize,
-) -> usize {
-    if !seen.insert(name) {
-        return offset;
-    }
-    let Some(used) = uses.get(name) else { return offset };
-    for variable in &used.shared {
-        if variable.count != Some(0) && seen.insert(variable.name) {
-            offset = offset.next_multiple_of(variable.align as usize) + variable.bytes();
+/// A shared variable that a function uses.
+struct SharedUse {
+    /// Names it in the whole module.
+    key: String,
+    bytes: usize,
+    align: usize,
+}
+
+/// Bytes of the shared variables of `name` and of all that it calls, laid out one after the other.
+fn shared_bytes(uses: &HashMap<&str, Uses<'_>>, name: &str) -> usize {
+    let (mut functions, mut next) = (vec![name], 0);
+    let mut counted = HashSet::new();
+    let mut end = 0_usize;
+    while let Some(used) = functions.get(next).and_then(|name| uses.get(name)) {
+        next += 1;
+        for variable in &used.shared {
+            if counted.insert(&variable.key) {
+                end = end.next_multiple_of(variable.align) + variable.bytes;
+            }
+        }
+        for callee in &used.calls {
+            if !functions.contains(callee) {
+                functions.push(callee);
+            }
         }
     }
-    for callee in &used.calls {
-        offset = shared_bytes(uses, callee, seen, offset);
-    }
-    offset
+    end
 }
 
 fn table(text: &mut String, module: &Module<'_>, uses: &HashMap<&str, Uses<'_>>) {
@@ -156,7 +154,8 @@ fn table(text: &mut String, module: &Module<'_>, uses: &HashMap<&str, Uses<'_>>)
             .enumerate()
             .map(|(i, p)| format!("parameter_<{}>(p[{i}], {})", storage(p), p.bytes()))
             .collect();
-        let sizes: Vec<_> = kernel.parameters.iter().map(|p| p.bytes().to_string()).collect();
+        // One more than there are: no array is empty.
+        let sizes: String = kernel.parameters.iter().map(|p| format!("{}, ", p.bytes())).collect();
         line(
             text,
             format_args!(
@@ -164,13 +163,13 @@ fn table(text: &mut String, module: &Module<'_>, uses: &HashMap<&str, Uses<'_>>)
                 arguments.join(", ")
             ),
         );
-        line(text, format_args!("static const uint32_t sizes_{name}[] = {{{}0}};", sizes.join(", ") + ", "));
+        line(text, format_args!("static const uint32_t sizes_{name}[] = {{{sizes}0}};"));
         rows.push(format!(
             "  {{\"{}\", entry_{name}, {}, sizes_{name}, {}, {}}},\n",
             kernel.name,
             kernel.parameters.len(),
             kernel.max_threads,
-            shared_bytes(uses, kernel.name, &mut HashSet::new(), 0),
+            shared_bytes(uses, kernel.name),
         ));
     }
     let count = rows.len();
@@ -271,7 +270,10 @@ impl<'a, 'm> Body<'a, 'm> {
                 Item::Registers(ty, names) => self.registers(*ty, names),
                 Item::Variable(variable) => match variable.space {
                     Space::Shared => {
-                        self.declare(variable.name, Symbol::Shared { variable: variable.clone() })
+                        let cpp = format!("{}{}", mangled(variable.name), self.suffix());
+                        line(&mut self.declarations, format_args!("  static const char key_{cpp} = 0;"));
+                        let key = format!("{}.{cpp}", self.function.name);
+                        self.declare(variable.name, Symbol::Shared { cpp, key, variable: variable.clone() });
                     }
                     _ => self.local_variable(variable),
                 },

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use super::super::parse::{Instruction, Operand, Space};
+use super::super::syntax::{Instruction, Operand, Space};
 use super::super::types::Type;
 use super::scope::Symbol;
 use super::{Body, Result};
@@ -203,7 +203,9 @@ impl<'a> Body<'a, '_> {
         match self.symbol(name) {
             Some(Symbol::Register { cpp, ty }) => Ok((cpp, ty)),
             Some(Symbol::Memory { cpp }) => Ok((format!("(uint64_t)&{cpp}"), Type::U64)),
-            Some(Symbol::Shared { variable }) => Ok((self.shared_address(&variable), Type::U32)),
+            Some(Symbol::Shared { cpp, key, variable }) => {
+                Ok((self.shared_address(&cpp, key, &variable), Type::U32))
+            }
             None => special(name).ok_or_else(|| format!("`{name}` is not known to the emulator")),
         }
     }
@@ -233,6 +235,10 @@ impl<'a> Body<'a, '_> {
             return Ok(());
         }
         let (register, to) = self.register(destination)?;
+        if to.cpp() == ty.cpp() {
+            self.push(format!("{register} = {expression};"));
+            return Ok(());
+        }
         let typed = format!("({})({expression})", ty.cpp());
         // A narrow value in a wide register: a float's bits, or the extended integer.
         let typed = if ty.is_native_float() && !to.is_native_float() && to.bits() > ty.bits() {

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::super::parse::{Space, Variable};
+use super::super::syntax::{Space, Variable};
 use super::super::types::Type;
-use super::{Body, Result};
+use super::{Body, Result, SharedUse};
 
 /// What a name stands for.
 #[derive(Clone)]
@@ -14,7 +14,7 @@ pub(super) enum Symbol<'a> {
     /// A parameter, a local variable or a variable of module scope: its address is that of a C++ variable.
     Memory { cpp: String },
     /// A shared variable: it has an address in the shared window.
-    Shared { variable: Variable<'a> },
+    Shared { cpp: String, key: String, variable: Variable<'a> },
 }
 
 /// The names declared between two braces.
@@ -32,7 +32,7 @@ impl Scope<'_> {
 
 /// A name of PTX as part of a name of C++.
 pub(super) fn mangled(name: &str) -> String {
-    name.trim_start_matches('%').replace('$', "_D_").replace('%', "_P_")
+    name.trim_start_matches('%').replace(['$', '%'], "_")
 }
 
 impl<'a> Body<'a, '_> {
@@ -49,25 +49,26 @@ impl<'a> Body<'a, '_> {
         }
         let variable = self.module.variables.iter().find(|v| v.name == name)?;
         Some(match variable.space {
-            Space::Shared => Symbol::Shared { variable: variable.clone() },
+            Space::Shared => {
+                Symbol::Shared { cpp: mangled(name), key: name.to_owned(), variable: variable.clone() }
+            }
             _ => Symbol::Memory { cpp: format!("v_{}", mangled(name)) },
         })
     }
 
     /// The C++ that holds the shared-window address of a shared variable; declares it where it is new.
-    pub(super) fn shared_address(&mut self, variable: &Variable<'a>) -> String {
-        let name = mangled(variable.name);
-        if !self.uses.shared.iter().any(|v| v.name == variable.name) {
-            self.uses.shared.push(variable.clone());
+    pub(super) fn shared_address(&mut self, cpp: &str, key: String, variable: &Variable<'a>) -> String {
+        if !self.uses.shared.iter().any(|used| used.key == key) {
+            let (bytes, align) = (variable.bytes(), variable.align as usize);
             let call = if variable.count == Some(0) {
-                format!("cuemu::dynamic_shared({})", variable.align)
+                format!("cuemu::dynamic_shared({align})")
             } else {
-                let (bytes, align) = (variable.bytes(), variable.align);
-                format!("cuemu::shared_variable(&key_{name}, \"{}\", {bytes}, {align})", variable.name)
+                format!("cuemu::shared_variable(&key_{cpp}, \"{}\", {bytes}, {align})", variable.name)
             };
-            super::line(&mut self.declarations, format_args!("  const uint32_t shared_{name} = {call};"));
+            super::line(&mut self.declarations, format_args!("  const uint32_t shared_{cpp} = {call};"));
+            self.uses.shared.push(SharedUse { key, bytes, align });
         }
-        format!("shared_{name}")
+        format!("shared_{cpp}")
     }
 
     /// The C++ label of a PTX label.

@@ -1,6 +1,6 @@
 //! Tensor cores: matrix loads and stores, `mma`, `wgmma`.
 
-use super::super::parse::Operand;
+use super::super::syntax::Operand;
 use super::super::types::Type;
 use super::operand::{Op, vector};
 use super::{Body, Result};

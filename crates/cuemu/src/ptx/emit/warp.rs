@@ -1,6 +1,6 @@
 //! Operations of a whole warp.
 
-use super::super::parse::Operand;
+use super::super::syntax::Operand;
 use super::super::types::Type;
 use super::operand::Op;
 use super::{Body, Result};
