@@ -69,7 +69,7 @@ fn check<T: Element>(machine: &Machine, width: usize, of: fn(f32) -> T, wide: fn
 #[test]
 fn moments() {
     let Some(machine) = machine() else { return };
-    for width in [1, 7, 64, 100, 264, 515] {
+    for width in [1, 7, 64, 100, 264, 515].into_iter().filter(|width| machine.affordable(16 * width)) {
         check(&machine, width, |value| value, |value| f64::from(*value));
         check(&machine, width, half::bf16::from_f32, |value| value.to_f64());
     }
