@@ -104,17 +104,17 @@ struct TilePlace {
   int row, column;
 };
 
-// Where tile `index` of row_tiles x column_tiles lies: bands of `band` rows of tiles, each walked column by column,
-// so that the tiles under way at one time share their operands in L2. Fewer than 2^31 tiles.
+// Where tile `index` of row_tiles x column_tiles lies: bands of `band` rows of tiles, each walked column by
+// column, so that the tiles under way at one time share their operands in L2. Fewer than 2^31 tiles.
 __device__ __forceinline__ TilePlace place_tile(int index, int row_tiles, int column_tiles, int band) {
   const int first = index / (band * column_tiles) * band;
   const int height = min(band, row_tiles - first), inside = index - first * column_tiles;
   return {first + inside % height, inside / height};
 }
 
-// One row of two neighbouring accumulator tiles, 16 columns, as the tensor cores leave it: this lane has columns q, q+1
-// in `left` and 8+q, 8+q+1 in `right`, q = 2(lane%4). Returns four neighbours, from column quad_column() of the 16,
-// so that the warp writes whole 32-byte sectors. All lanes call it.
+// One row of two neighbouring accumulator tiles, 16 columns, as the tensor cores leave it: this lane has
+// columns q, q+1 in `left` and 8+q, 8+q+1 in `right`, q = 2(lane%4). Returns four neighbours, from column
+// quad_column() of the 16, so that the warp writes whole 32-byte sectors. All lanes call it.
 __device__ __forceinline__ float4 gather_quad(float left0, float left1, float right0, float right1) {
   const bool odd = threadIdx.x & 1;
   const float other0 = __shfl_xor_sync(FULL_WARP, odd ? left0 : right0, 1);
@@ -123,8 +123,8 @@ __device__ __forceinline__ float4 gather_quad(float left0, float left1, float ri
 }
 __device__ __forceinline__ int quad_column() { return (threadIdx.x & 1) * 8 + (threadIdx.x & 2) * 2; }
 
-// Four neighbours of a row, from `column` on; what is past `columns` is not touched and reads as zero. One access
-// where every row starts on a vector, columns % 4 == 0; WHOLE promises that.
+// Four neighbours of a row, from `column` on; what is past `columns` is not touched and reads as zero. One
+// access where every row starts on a vector, columns % 4 == 0; WHOLE promises that.
 template <bool WHOLE> __device__ __forceinline__ float4 load_quad(const float* row, int column, int columns) {
   if constexpr (!WHOLE) {
     if (columns & 3) {
@@ -140,7 +140,8 @@ __device__ __forceinline__ void store_four(float* p, float4 v) { *(float4*)p = v
 __device__ __forceinline__ void store_four(bf16* p, float4 v) {
   *(uint2*)p = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
 }
-template <bool WHOLE, class T> __device__ __forceinline__ void store_quad(T* row, int column, int columns, float4 v) {
+template <bool WHOLE, class T>
+__device__ __forceinline__ void store_quad(T* row, int column, int columns, float4 v) {
   if constexpr (!WHOLE) {
     if (columns & 3) {
       const float value[4] = {v.x, v.y, v.z, v.w};

@@ -1,14 +1,14 @@
-// Compute capability 9.0's own instructions (sm_90a): barriers in shared memory, the tensor copy engine (TMA), and
-// matrix products issued by a warpgroup, 4 warps (wgmma). One wrapper each.
+// Compute capability 9.0's own instructions (sm_90a): barriers in shared memory, the tensor copy engine (TMA),
+// and matrix products issued by a warpgroup, 4 warps (wgmma). One wrapper each.
 #pragma once
 #include "common.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // ---- barriers in shared memory ----------------------------------------------------------------------
-// A barrier's phase ends when `arrivals` threads have arrived and all expected bytes have come. Waiting for parity p
-// returns once the phase numbered p, p+2, .. that is under way or was the last has ended; the first phase is number 0,
-// and the one "before" it (parity 1) counts as ended.
+// A barrier's phase ends when `arrivals` threads have arrived and all expected bytes have come. Waiting for
+// parity p returns once the phase numbered p, p+2, .. that is under way or was the last has ended; the first
+// phase is number 0, and the one "before" it (parity 1) counts as ended.
 
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -42,9 +42,9 @@ struct __align__(64) TensorMap {
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// Copies the map's box at (column, row) to shared memory in the background, zeros for what is outside the matrix, and
-// reports the box's full size in bytes to `barrier`. With the 128-byte swizzle `destination` is 1024-byte aligned and a
-// box is 64 16-bit elements wide: row r holds its 16-byte chunk c at chunk c ^ (r & 7).
+// Copies the map's box at (column, row) to shared memory in the background, zeros for what is outside the
+// matrix, and reports the box's full size in bytes to `barrier`. With the 128-byte swizzle `destination` is
+// 1024-byte aligned and a box is 64 16-bit elements wide: row r holds its 16-byte chunk c at chunk c ^ (r & 7).
 __device__ __forceinline__ void copy_box(u32 destination, const TensorMap& map, u32 barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
@@ -52,7 +52,8 @@ __device__ __forceinline__ void copy_box(u32 destination, const TensorMap& map, 
 }
 
 // ---- registers --------------------------------------------------------------------------------------
-// All warps of a warpgroup call them; COUNT is a multiple of 8, and the block's total at most what it was launched with.
+// All warps of a warpgroup call them; COUNT is a multiple of 8, and the block's total at most what it was
+// launched with.
 
 template <int COUNT> __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -63,16 +64,16 @@ template <int COUNT> __device__ __forceinline__ void lower_registers() {
 
 // ---- matrix products of a warpgroup -----------------------------------------------------------------
 
-// Operands in shared memory with the 128-byte swizzle are made of atoms of 1024 bytes, 8 rows of 64 elements; one is
-// named by a 64-bit descriptor whose low bits are its address / 16.
-// K-major (rows run along the depth): the atoms of successive 8 rows follow each other; the next 16 of the depth are 32
-// bytes further inside the atom.
+// Operands in shared memory with the 128-byte swizzle are made of atoms of 1024 bytes, 8 rows of 64 elements;
+// one is named by a 64-bit descriptor whose low bits are its address / 16. K-major (rows run along the depth):
+// the atoms of successive 8 rows follow each other; the next 16 of the depth are 32 bytes further inside the
+// atom.
 constexpr int K_MAJOR_STEP = 32 / 16;
 __device__ __forceinline__ u64 k_major_operand(u32 address) {
   return (u64)(address >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
-// MN-major (rows run along the output): an atom is 8 of the depth by 64 of the output. The next 8 of the depth are the
-// next atom, the next 64 of the output are `output_step` bytes on.
+// MN-major (rows run along the output): an atom is 8 of the depth by 64 of the output. The next 8 of the depth
+// are the next atom, the next 64 of the output are `output_step` bytes on.
 constexpr int MN_MAJOR_STEP = 2 * 1024 / 16;
 __device__ __forceinline__ u64 mn_major_operand(u32 address, int output_step) {
   return (u64)(address >> 4) | (u64)(output_step >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
@@ -81,14 +82,15 @@ __device__ __forceinline__ u64 mn_major_operand(u32 address, int output_step) {
 // Before a batch of products: this thread's own writes to the accumulators come first.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most LEFT of the committed batches are under way. Until then their operands and accumulators are theirs.
+// Waits until at most LEFT of the committed batches are under way. Until then their operands and accumulators
+// are theirs.
 template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// D[64, 2R] (+)= A[64, 16]·B[16, 2R], bfloat16 in, float32 accumulated; started, not finished. A is K-major; B is
-// K-major, or MN-major when TRANSPOSED_B. accumulate = 0 overwrites D. With w = warp%4, g = lane/4, q = 2(lane%4), d[4j+i]
-// is row 16w + g + 8(i/2), column 8j + q + i%2.
+// D[64, 2R] (+)= A[64, 16]·B[16, 2R], bfloat16 in, float32 accumulated; started, not finished. A is K-major; B
+// is K-major, or MN-major when TRANSPOSED_B. accumulate = 0 overwrites D. With w = warp%4, g = lane/4, q =
+// 2(lane%4), d[4j+i] is row 16w + g + 8(i/2), column 8j + q + i%2.
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
               "+f"(d[i + 6]), "+f"(d[i + 7])
 template <bool TRANSPOSED_B>

@@ -1,19 +1,21 @@
-// Linear layers on the tensor cores of compute capability 8.0 and later (mma.sync), and on 9.0 the widths that the
-// copy engine of linear_sm90.cu cannot fetch.
+// Linear layers on the tensor cores of compute capability 8.0 and later (mma.sync), and on 9.0 the widths that
+// the copy engine of linear_sm90.cu cannot fetch.
 //
 //   forward    y[N, out]  = x[N, in] · weight[out, in]ᵀ + bias[out]
 //   backward  dx[N, in]   = dy[N, out] · weight[out, in] + addend[N, in]
 //
-// x, dy, weight: bfloat16. bias, addend: float32, or null for none; addend may be the output's own buffer (a backward
-// adds into its input's gradient). Outputs: float32 or bfloat16, rounded once from the float32 sum. Rows are the N
-// tokens. Any N, in, out >= 1; in and out < 2^24; pointers 16-byte aligned. There is no gradient of the weight.
+// x, dy, weight: bfloat16. bias, addend: float32, or null for none; addend may be the output's own buffer (a
+// backward adds into its input's gradient). Outputs: float32 or bfloat16, rounded once from the float32 sum.
+// Rows are the N tokens. Any N, in, out >= 1; in and out < 2^24; pointers 16-byte aligned. There is no gradient
+// of the weight.
 //
-// Every sum runs over the depth (forward: in, backward: out) upwards in steps of 16 in one accumulator, whatever the
-// tile and the other rows: the bits of an output depend on its own row alone.
+// Every sum runs over the depth (forward: in, backward: out) upwards in steps of 16 in one accumulator,
+// whatever the tile and the other rows: the bits of an output depend on its own row alone.
 //
-// Grid: x = tiles of the output, rows x columns, in the order of place_tile. Block: 128 threads, 4 warps as 2 x 2.
-// Dynamic shared memory: SHARED_BYTES of the tile. Three sets of entry points:
-//   ""           128x128 tiles, in and out multiples of 8
+// Grid: x = tiles of the output, in the order of place_tile. Block: 128 threads, the 4 warps as 2 x 2. Dynamic
+// shared memory: SHARED_BYTES of the tile. Three sets of entry points:
+//   ""           128x128 tiles; rows of x, dy and weight multiples of 16 bytes: forward in % 8 == 0, backward
+//                both
 //   "small_"     64x64 tiles, for outputs with too few large ones to fill the device; the same bits
 //   "unaligned_" 64x64 tiles, any in and out: plain loads, correct and slow
 #include "common.cuh"
@@ -28,19 +30,21 @@ template <int ROWS_, int COLUMNS_, int DEPTH_, int STAGES_> struct Tile {
   static constexpr int SHARED_BYTES = STAGES * (A_BYTES + B_BYTES);
 };
 // A 64x64 quarter reads 1/32 byte of shared memory per multiply-add, half of what 32x64 would: at 2 blocks per
-// multiprocessor the tensor cores, not shared memory, are the limit. 48 KB each, so two fit where there are 100 KB.
+// multiprocessor the tensor cores, not shared memory, are the limit. 48 KB each, so two fit where there are 100
+// KB.
 using Large = Tile<128, 128, 32, 3>;
 using Small = Tile<64, 64, 64, 3>;
 
-// Shared tiles have rows of CHUNKS 16-byte chunks. The chunk's place is its number XOR bits of the row, so that the
-// same chunk of 8 successive rows (ldmatrix) and 8 successive chunks (copies) are in 8 different groups of banks.
+// Shared tiles have rows of CHUNKS 16-byte chunks. The chunk's place is its number XOR bits of the row, so that
+// the same chunk of 8 successive rows (ldmatrix) and 8 successive chunks (copies) are in 8 different groups of
+// banks.
 template <int CHUNKS> __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
   if constexpr (CHUNKS == 4) return (row * 4 + (chunk ^ (row >> 1 & 3))) * 16;
   return (row * CHUNKS + (chunk ^ (row & 7))) * 16;
 }
 
-// This thread's share of copying a HEIGHT x WIDTH tile of a row-major matrix to shared memory in 16-byte chunks: one
-// chunk of every STEP-th row. The swizzle has a period of 8 rows and STEP is a multiple of it.
+// This thread's share of copying a HEIGHT x WIDTH tile of a row-major matrix to shared memory in 16-byte
+// chunks: one chunk of every STEP-th row. The swizzle has a period of 8 rows and STEP is a multiple of it.
 template <int HEIGHT, int WIDTH> struct TileCopy {
   static constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS, COUNT = HEIGHT / STEP;
   static_assert(STEP % 8 == 0 && HEIGHT % STEP == 0);
@@ -51,7 +55,8 @@ template <int HEIGHT, int WIDTH> struct TileCopy {
 
 // As above by plain loads, for rows that do not start on 16 bytes; zeros outside the matrix.
 template <int HEIGHT, int WIDTH>
-__device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64 row0, i64 column0, int height, int width) {
+__device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64 row0, i64 column0, int height,
+                           int width) {
   for (int i = threadIdx.x; i < HEIGHT * WIDTH; i += THREADS) {
     const int row = i / WIDTH, column = i % WIDTH;
     bf16 v = {0};
@@ -60,8 +65,8 @@ __device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64
   }
 }
 
-// out[rows, columns] = a[rows, depth] · B + bias + addend, with B[k, n] = weight[n, k] forward (weight is [columns,
-// depth]) and weight[k, n] backward (weight is [depth, columns]).
+// out[rows, columns] = a[rows, depth] · B + bias + addend, with B[k, n] = weight[n, k] forward (weight is
+// [columns, depth]) and weight[k, n] backward (weight is [depth, columns]).
 template <class T, bool BACKWARD, bool ALIGNED, class Out>
 __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* __restrict__ weight,
                                         const float* __restrict__ bias, const float* addend, Out* out, int rows,
@@ -83,8 +88,8 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
   const int row0 = place.row * T::ROWS, column0 = place.column * T::COLUMNS;
   const int stages = (depth + T::DEPTH - 1) / T::DEPTH;  // to go through in all
 
-  // ---- copies: rows and columns past the end are read from the last one (their results are not stored), what is past
-  // the depth is zero
+  // Copies. Rows and columns past the end are read from the last one, their results are not stored; what is
+  // past the depth is zero.
   TileCopy<T::ROWS, T::DEPTH> a_copy;
   TileCopy<BACKWARD ? T::DEPTH : T::COLUMNS, BACKWARD ? T::COLUMNS : T::DEPTH> b_copy;
   const bf16* a_tile = a + (i64)row0 * depth;
@@ -123,11 +128,12 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
     }
   };
 
-  // ---- fragments: the swizzle makes the step along a row an XOR of the lane's address, steps across rows are sums
+  // Fragments. With the swizzle a step along a row is an XOR of the lane's address; steps across rows are sums.
   u32 a_fragment[2][M_TILES][4], b_fragment[2][N_TILES / 2][4];
   const u32 a_lane = a_shared + chunk_offset<A_CHUNKS>(warp_row + (lane & 15), lane >> 4);
-  const u32 b_lane = b_shared + (BACKWARD ? chunk_offset<B_CHUNKS>(lane & 15, warp_column / 8 + (lane >> 4))
-                                          : chunk_offset<B_CHUNKS>(warp_column + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
+  const int b_row = BACKWARD ? lane & 15 : warp_column + (lane & 7) + (lane >> 4) * 8;
+  const u32 b_lane =
+      b_shared + chunk_offset<B_CHUNKS>(b_row, BACKWARD ? warp_column / 8 + (lane >> 4) : lane >> 3 & 1);
   auto load_fragments = [&](int buffer, int slot, int step) {
     const u32 a_at = a_lane + slot * T::A_BYTES, b_at = b_lane + slot * T::B_BYTES;
 #pragma unroll
@@ -164,7 +170,7 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
         cp_async_wait<T::STAGES - 2>();  // the next stage's copies by this thread
         __syncthreads();                 // and by the others; all warps have read the stage before it
       }
-      load_fragments((step + 1) & 1, read, (step + 1) % STEPS);  // past the last stage: a slot nobody writes, unused
+      load_fragments((step + 1) & 1, read, (step + 1) % STEPS);  // after the last stage: not used
       if (step == 0) {
         if (index + T::STAGES - 1 < stages) fetch(index + T::STAGES - 1, write);
         cp_async_commit();
@@ -179,7 +185,7 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
     }
   }
 
-  // ---- results: each lane finishes four neighbours of a row at a time
+  // Results: each lane finishes four neighbours of a row at a time.
 #pragma unroll
   for (int n = 0; n < N_TILES; n += 2) {
     const int column = column0 + warp_column + n * 8 + quad_column();
@@ -200,32 +206,70 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
   }
 }
 
-// ---- forward ----------------------------------------------------------------------------------------
+// ---- forward ---------------------------------------------------------------------------------------
 
-#define LINEAR_FORWARD(NAME, TILE, ALIGNED, OUT, BLOCKS)                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                 \
-      NAME(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias, OUT* y, \
-           int rows, int in_features, int out_features) {                                                       \
-    product<TILE, false, ALIGNED>(x, weight, bias, nullptr, y, rows, out_features, in_features);                \
-  }
-LINEAR_FORWARD(linear_forward_f32, Large, true, float, 2)
-LINEAR_FORWARD(linear_forward_bf16, Large, true, bf16, 2)
-LINEAR_FORWARD(linear_forward_small_f32, Small, true, float, 4)
-LINEAR_FORWARD(linear_forward_small_bf16, Small, true, bf16, 4)
-LINEAR_FORWARD(linear_forward_unaligned_f32, Small, false, float, 4)
-LINEAR_FORWARD(linear_forward_unaligned_bf16, Small, false, bf16, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_forward_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+                   float* y, int rows, int in_features, int out_features) {
+  product<Large, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_forward_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+                    bf16* y, int rows, int in_features, int out_features) {
+  product<Large, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_forward_small_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                         const float* __restrict__ bias, float* y, int rows, int in_features, int out_features) {
+  product<Small, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_forward_small_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                          const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
+  product<Small, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_forward_unaligned_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                             const float* __restrict__ bias,
+                             float* y, int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_forward_unaligned_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                              const float* __restrict__ bias,
+                              bf16* y, int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+}
 
-// ---- backward ---------------------------------------------------------------------------------------
+// ---- backward --------------------------------------------------------------------------------------
 
-#define LINEAR_BACKWARD(NAME, TILE, ALIGNED, OUT, BLOCKS)                                                 \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                           \
-      NAME(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend, OUT* dx,    \
-           int rows, int in_features, int out_features) {                                                 \
-    product<TILE, true, ALIGNED>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);       \
-  }
-LINEAR_BACKWARD(linear_backward_f32, Large, true, float, 2)
-LINEAR_BACKWARD(linear_backward_bf16, Large, true, bf16, 2)
-LINEAR_BACKWARD(linear_backward_small_f32, Small, true, float, 4)
-LINEAR_BACKWARD(linear_backward_small_bf16, Small, true, bf16, 4)
-LINEAR_BACKWARD(linear_backward_unaligned_f32, Small, false, float, 4)
-LINEAR_BACKWARD(linear_backward_unaligned_bf16, Small, false, bf16, 4)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_backward_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                    float* dx, int rows, int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_backward_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                     bf16* dx, int rows, int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_backward_small_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                          float* dx, int rows, int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_backward_small_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                           bf16* dx, int rows, int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_backward_unaligned_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                              float* dx, int rows, int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_backward_unaligned_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
+                               bf16* dx, int rows, int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+}
