@@ -8,6 +8,7 @@
 //! numbers depend on its neighbours in the chunk.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::ops::Range;
 

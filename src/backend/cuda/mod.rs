@@ -1,0 +1,61 @@
+//! The CUDA backend: a device, its memory, and the kernels below `kernels/`.
+//!
+//! The program carries the kernels' sources. NVRTC compiles a file when it is first needed, for exactly the
+//! device at hand, and the result is kept on disk. Neither the driver nor NVRTC is linked: both are looked for
+//! when a CUDA device is asked for, and their absence is an error that says how to get them.
+//!
+//! One file here per file of `kernels/`, with the same name: it knows the grid, the block and the shared memory
+//! of its kernels, and repeats each parameter beside its argument.
+
+pub mod device;
+pub mod launch;
+pub mod memory;
+pub mod module;
+pub mod nvrtc;
+
+pub use device::{Device, DeviceInfo, DeviceName, devices};
+pub use memory::{Buf, Element, Memory};
+pub use module::{Kernel, ModuleSpec, Modules, Sources};
+pub use nvrtc::{Code, Nvrtc};
+
+use crate::error::Result;
+
+/// Which device, and what it may use.
+#[derive(Clone)]
+pub struct CudaSpec {
+    /// N of `cuda:N`.
+    pub ordinal: usize,
+    /// Most bytes of the device's memory to use; `None`: what is free, less a reserve.
+    pub budget_bytes: Option<u64>,
+    /// Which kernels, and how they reach the driver.
+    pub modules: ModuleSpec,
+}
+
+/// A CUDA device with its kernels.
+pub struct Cuda {
+    /// Context, streams and memory.
+    pub device: Device,
+    modules: Modules,
+}
+
+impl Cuda {
+    /// Opens a device.
+    ///
+    /// # Errors
+    ///
+    /// No driver, no such device, or one that is too old.
+    pub fn open(spec: CudaSpec) -> Result<Self> {
+        let device = Device::open(spec.ordinal, spec.budget_bytes)?;
+        let modules = Modules::new(device.compute.context(), &device.info, spec.modules);
+        Ok(Self { device, modules })
+    }
+
+    /// The entry point `name` of `file`; compiled on first use.
+    ///
+    /// # Errors
+    ///
+    /// NVRTC is missing, or the file does not compile.
+    pub fn kernel(&self, file: &'static str, name: &'static str) -> Result<Kernel> {
+        self.modules.kernel(file, name)
+    }
+}

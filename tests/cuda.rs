@@ -1,0 +1,14 @@
+//! The CUDA backend, its kernels executed. Without a GPU: on the stand-in driver of `crates/cuemu`.
+//!
+//! `GRADLENS_TEST_GPU=1` runs the same tests on the machine's own driver and device. Where neither NVRTC nor a
+//! C++ compiler is there the tests say so and pass, unless `GRADLENS_REQUIRE_CUDA=1` (as in CI) makes that a
+//! failure.
+#![allow(clippy::unwrap_used)]
+#![allow(dead_code)] // until kernels use all of it
+
+#[path = "cuda/faults.rs"]
+mod faults;
+#[path = "cuda/host.rs"]
+mod host;
+#[path = "cuda/machine.rs"]
+mod machine;

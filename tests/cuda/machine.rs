@@ -1,0 +1,215 @@
+//! The device under test, its schedules, and the faults planted in its kernels.
+
+use std::env;
+use std::ffi::CStr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use gradlens::backend::cuda::{Code, Cuda, CudaSpec, ModuleSpec, Nvrtc, Sources};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+use super::faults;
+
+/// How the stand-in driver runs a grid; the layout of `CuemuSchedule` in `crates/cuemu/runtime/cuemu.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    pub seed: u64,
+    /// 0 first in first out, 1 reverse, 2 random, 3 random priorities.
+    pub policy: u32,
+    /// Asynchronous copies and matrix operations: 0 as late as possible, 1 at once, 2 at random.
+    pub async_mode: u32,
+    /// Pattern of memory nobody has written.
+    pub poison: u32,
+    pub shuffle_blocks: u32,
+    pub wave: u32,
+}
+
+/// NaN as float32 and as bfloat16, −1 as an integer.
+pub const NAN_POISON: u32 = 0xffff_ffff;
+
+impl Schedule {
+    pub const PLAIN: Self =
+        Self { seed: 1, policy: 0, async_mode: 0, poison: NAN_POISON, shuffle_blocks: 0, wave: 1 };
+
+    /// Every policy with every asynchronous mode; poisons, seeds and block orders vary along.
+    pub fn all() -> Vec<Self> {
+        let poisons = [NAN_POISON, 0, 0x7f7f_7f7f];
+        let pairs = (0..4).flat_map(|policy| (0..3).map(move |async_mode| (policy, async_mode)));
+        let schedule = |(index, (policy, async_mode)): (u32, (u32, u32))| Self {
+            seed: u64::from(index) + 1,
+            policy,
+            async_mode,
+            poison: poisons[index as usize % poisons.len()],
+            shuffle_blocks: index % 2,
+            wave: 1 + index % 3,
+        };
+        (0..).zip(pairs).map(schedule).collect()
+    }
+}
+
+/// The driver's controls, where it is the stand-in.
+struct StandIn {
+    set_schedule: unsafe extern "C" fn(*const Schedule),
+    last_error: unsafe extern "C" fn() -> *const std::ffi::c_char,
+}
+
+/// What the tests run on.
+enum Driver {
+    StandIn(StandIn),
+    Real,
+}
+
+/// Why there is nothing to run on.
+fn driver() -> Result<&'static Driver, String> {
+    static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
+    let load = || {
+        if env::var_os("GRADLENS_TEST_GPU").is_some() {
+            return Ok(Driver::Real);
+        }
+        Nvrtc::load().map_err(|error| error.to_string())?;
+        let compiler = env::var("CUEMU_CXX").unwrap_or_else(|_| "g++".to_owned());
+        let version = Command::new(&compiler).arg("--version").output();
+        version.map_err(|error| {
+            format!("{compiler}, which compiles what the kernels are translated to: {error}")
+        })?;
+        let path = stand_in_path();
+        // SAFETY: our own library; loading it runs no code of ours.
+        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+        let library = library.map_err(|error| format!("{}: {error}", path.display()))?;
+        // SAFETY: the functions have these signatures (crates/cuemu/src/driver).
+        let stand_in = unsafe {
+            StandIn {
+                set_schedule: *library.get(b"cuemu_set_schedule\0").map_err(|error| error.to_string())?,
+                last_error: *library.get(b"cuemu_last_error\0").map_err(|error| error.to_string())?,
+            }
+        };
+        std::mem::forget(library);
+        Ok(Driver::StandIn(stand_in))
+    };
+    DRIVER.get_or_init(load).as_ref().map_err(Clone::clone)
+}
+
+/// The library that stands in for the driver: cargo builds it beside the tests that need it.
+pub fn stand_in_path() -> PathBuf {
+    env::current_exe().unwrap().with_file_name("libcuemu.so")
+}
+
+/// One test at a time: the schedule is the process's, and a grid keeps a core busy.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An open device.
+pub struct Machine {
+    pub cuda: Cuda,
+    stand_in: Option<&'static StandIn>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The device, with the kernels as they are, or with the fault that this process was started for
+/// ([`faults::PLANT`]). `None`: nothing to run on; the reason was printed.
+pub fn machine() -> Option<Machine> {
+    machine_with(faults::planted(Sources::embedded()))
+}
+
+/// The device with these kernels.
+pub fn machine_with(sources: Sources) -> Option<Machine> {
+    let turn = turn();
+    let stand_in = match driver() {
+        Ok(Driver::StandIn(stand_in)) => Some(stand_in),
+        Ok(Driver::Real) => None,
+        Err(reason) if env::var_os("GRADLENS_REQUIRE_CUDA").is_some() => {
+            panic!("the CUDA tests must run here: {reason}")
+        }
+        Err(reason) => {
+            println!("skipped, the CUDA tests need more than this machine has: {reason}");
+            return None;
+        }
+    };
+    let code = if stand_in.is_some() { Code::Ptx } else { Code::Cubin };
+    let modules = ModuleSpec { sources, code, cache: None };
+    let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules }).unwrap();
+    let machine = Machine { cuda, stand_in, _turn: turn };
+    machine.schedule(Schedule::PLAIN);
+    Some(machine)
+}
+
+impl Machine {
+    /// Whether kernels are emulated.
+    pub fn emulated(&self) -> bool {
+        self.stand_in.is_some()
+    }
+
+    /// How grids run from now on; a GPU takes no orders.
+    pub fn schedule(&self, schedule: Schedule) {
+        if let Some(stand_in) = self.stand_in {
+            // SAFETY: reads one schedule of this layout.
+            unsafe { (stand_in.set_schedule)(&schedule) };
+        }
+    }
+
+    /// What the stand-in driver says of the last failure.
+    pub fn last_error(&self) -> String {
+        let Some(stand_in) = self.stand_in else { return String::new() };
+        // SAFETY: a string that lives until the next failure.
+        unsafe { CStr::from_ptr((stand_in.last_error)()) }.to_string_lossy().into_owned()
+    }
+
+    /// Runs `work` under the plain schedule, and under every other one; all must give the same bytes, which are
+    /// returned. A process with a planted fault or a sanitizer tries three.
+    pub fn same_under_all_schedules<T: PartialEq>(&self, work: impl Fn() -> T) -> T {
+        let first = work();
+        if self.emulated() {
+            let all = Schedule::all();
+            let step = if faults::is_child() { 5 } else { 1 };
+            for schedule in all.into_iter().skip(1).step_by(step) {
+                self.schedule(schedule);
+                assert!(work() == first, "other bytes under {schedule:?}");
+            }
+            self.schedule(Schedule::PLAIN);
+        }
+        first
+    }
+}
+
+/// A reproducible stream of numbers, about normal with variance 1/3, never tiny: rounding to bfloat16 keeps them apart.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// Uniform in [0, 1).
+    pub fn uniform(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 40) as f32 / (1_u64 << 24) as f32
+    }
+
+    pub fn normal(&mut self) -> f32 {
+        (0..4).map(|_| self.uniform() - 0.5).sum()
+    }
+
+    pub fn f32(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.normal()).collect()
+    }
+
+    pub fn bf16(&mut self, len: usize) -> Vec<half::bf16> {
+        (0..len).map(|_| half::bf16::from_f32(self.normal())).collect()
+    }
+}
+
+/// ‖found − wanted‖ / ‖wanted‖; NaN where anything found is.
+pub fn relative_error(found: impl IntoIterator<Item = f64>, wanted: &[f64]) -> f64 {
+    let mut count = 0;
+    let difference: f64 =
+        found.into_iter().zip(wanted).inspect(|_| count += 1).map(|(f, w)| (f - w).powi(2)).sum();
+    assert_eq!(count, wanted.len());
+    let norm: f64 = wanted.iter().map(|w| w * w).sum();
+    (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
+}
