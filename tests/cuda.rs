@@ -10,5 +10,7 @@
 mod faults;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/linear.rs"]
+mod linear;
 #[path = "cuda/machine.rs"]
 mod machine;

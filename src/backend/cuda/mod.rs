@@ -9,9 +9,11 @@
 
 pub mod device;
 pub mod launch;
+pub mod linear;
 pub mod memory;
 pub mod module;
 pub mod nvrtc;
+mod tensor_map;
 
 pub use device::{Device, DeviceInfo, DeviceName, devices};
 pub use memory::{Buf, Element, Memory};

@@ -41,7 +41,14 @@ pub struct Sources {
 impl Sources {
     /// As they were when the program was built.
     pub fn embedded() -> Self {
-        Self { files: vec![kernel_file!("common.cuh")] }
+        Self {
+            files: vec![
+                kernel_file!("common.cuh"),
+                kernel_file!("hopper.cuh"),
+                kernel_file!("linear.cu"),
+                kernel_file!("linear_sm90.cu"),
+            ],
+        }
     }
 
     /// The same with one place of one file changed: how tests plant faults.
