@@ -40,6 +40,35 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// ---- four neighbours of a row -----------------------------------------------------------------------
+
+// Four elements in one access, 16 bytes of float32 or 8 of bfloat16, aligned to as much. They stay as they came
+// until `value` is asked for, so that a thread's loads can be under way together.
+template <class T> struct Four;
+template <> struct Four<float> {
+  float4 raw;
+  __device__ __forceinline__ void clear() { raw = make_float4(0.f, 0.f, 0.f, 0.f); }
+  __device__ __forceinline__ void load(const float* p) { raw = *reinterpret_cast<const float4*>(p); }
+  __device__ __forceinline__ float value(int k) const {
+    return k == 0 ? raw.x : k == 1 ? raw.y : k == 2 ? raw.z : raw.w;
+  }
+};
+template <> struct Four<bf16> {
+  uint2 raw;
+  __device__ __forceinline__ void clear() { raw = make_uint2(0, 0); }
+  __device__ __forceinline__ void load(const bf16* p) { raw = *reinterpret_cast<const uint2*>(p); }
+  __device__ __forceinline__ float value(int k) const {
+    u32 pair = k < 2 ? raw.x : raw.y;
+    return k % 2 == 0 ? low_bf16(pair) : high_bf16(pair);
+  }
+};
+__device__ __forceinline__ void store_4(float* p, const float (&v)[4]) {
+  *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ void store_4(bf16* p, const float (&v)[4]) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+}
+
 // ---- reductions -------------------------------------------------------------------------------------
 
 // Every lane gets the sum over the warp, added in the same order in each.

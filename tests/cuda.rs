@@ -14,3 +14,9 @@ mod host;
 mod linear;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/norm.rs"]
+mod norm;
+#[path = "cuda/static_checks.rs"]
+mod static_checks;
+#[path = "cuda/stats.rs"]
+mod stats;

@@ -1,13 +1,145 @@
 //! Faults planted in kernels, each of which a test of its kernel must notice: a process of its own runs that
-//! test with one line of one kernel changed, and must fail.
+//! test with one place of one kernel changed, must fail, and must say what this fault makes it say.
 
 use std::env;
 use std::process::{Command, Output};
 
 use gradlens::backend::cuda::Sources;
 
+use super::machine::{runs_here, skip_or_panic};
+
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
+
+/// What kernels and runtime are compiled with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Build {
+    Plain,
+    /// AddressSanitizer.
+    Address,
+    /// ThreadSanitizer.
+    Thread,
+}
+use Build::{Address, Plain, Thread};
+
+struct Fault {
+    name: &'static str,
+    file: &'static str,
+    from: &'static str,
+    to: &'static str,
+    /// The test that must notice, and with which build.
+    test: &'static str,
+    build: Build,
+    /// One of these must be in what it prints.
+    reports: &'static [&'static str],
+}
+
+/// Results that are off, as the kernels' tests report them.
+const WRONG: &[&str] = &["relative error", "other bytes under"];
+
+const FAULTS: &[Fault] = &[
+    // ---- norm.cu
+    Fault {
+        name: "missing barrier",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "",
+        test: "norm::forward",
+        build: Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "missing barrier, without a sanitizer",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "",
+        test: "norm::backward",
+        build: Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "divergent barrier",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "if (in_warp < 16) __syncthreads();",
+        test: "norm::forward",
+        build: Plain,
+        reports: &["divergent", "deadlock"],
+    },
+    Fault {
+        name: "lanes missing from a shuffle's mask",
+        file: "norm.cu",
+        from: "v[i] += __shfl_xor_sync(FULL_WARP, v[i], step)",
+        to: "v[i] += __shfl_xor_sync(0x0000ffffu, v[i], step)",
+        test: "norm::forward",
+        build: Plain,
+        reports: &["mask 0000ffff does not contain the calling lane"],
+    },
+    Fault {
+        name: "one group past the end of the rows",
+        file: "norm.cu",
+        from: "inside[i] = team.has_row() && team.column(i) < width;\n    row[i].clear()",
+        to: "inside[i] = team.has_row() && team.column(i) <= width;\n    row[i].clear()",
+        test: "norm::backward",
+        build: Plain,
+        reports: &["out of bounds global"],
+    },
+    Fault {
+        name: "past the end of a shared array",
+        file: "norm.cu",
+        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
+        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
+        test: "norm::forward",
+        build: Plain,
+        reports: &["out of bounds shared write"],
+    },
+    Fault {
+        name: "past the end of a shared array, with a sanitizer",
+        file: "norm.cu",
+        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
+        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
+        test: "norm::forward",
+        build: Address,
+        reports: &["out of bounds shared write", "AddressSanitizer"],
+    },
+    Fault {
+        name: "(1 + w) forgotten",
+        file: "norm.cu",
+        from: "row[i][k] *= scale[i].value(k) + weight_offset;",
+        to: "row[i][k] *= scale[i].value(k);",
+        test: "norm::forward",
+        build: Plain,
+        reports: WRONG,
+    },
+    // ---- stats.cu
+    Fault {
+        name: "missing barrier",
+        file: "stats.cu",
+        from: "__syncthreads();  // stats: the warps' sums are written",
+        to: "",
+        test: "stats::moments",
+        build: Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "a plain minimum for the atomic one",
+        file: "stats.cu",
+        from: "atomicMin(non_finite, index)",
+        to: "*non_finite = min(*non_finite, index)",
+        test: "stats::the_first_sample_that_is_not_finite_is_named",
+        build: Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "one row too many in a segment",
+        file: "stats.cu",
+        from: "int rows = segment.rows - start;",
+        to: "int rows = segment.rows - start + 1;",
+        test: "stats::moments",
+        build: Plain,
+        reports: &["relative error", "out of bounds global read"],
+    },
+];
 
 /// Whether this process was started to run one test, under a sanitizer or with a fault.
 pub fn is_child() -> bool {
@@ -16,7 +148,20 @@ pub fn is_child() -> bool {
 
 /// The kernels with the fault that this process was started for.
 pub fn planted(sources: Sources) -> Sources {
-    sources
+    let Ok(wanted) = env::var(PLANT) else { return sources };
+    match FAULTS.iter().find(|fault| fault.id() == wanted) {
+        Some(fault) => sources.with(fault.file, fault.from, fault.to).unwrap(),
+        None => {
+            assert_eq!(wanted, "none", "{PLANT} names a fault");
+            sources
+        }
+    }
+}
+
+impl Fault {
+    fn id(&self) -> String {
+        format!("{}: {}", self.file, self.name)
+    }
 }
 
 /// How a process ended.
@@ -41,4 +186,96 @@ impl Child {
         let text = self.text();
         assert!(self.0.status.success() && text.contains("1 passed"), "{text}");
     }
+}
+
+/// What a process needs in its environment to run kernels of this build. `None`: the compiler lacks the
+/// sanitizer; the reason was printed.
+fn environment(build: Build) -> Option<Vec<(&'static str, String)>> {
+    let (name, library, options) = match build {
+        Plain => return Some(Vec::new()),
+        Address => ("address", "libasan.so", ("ASAN_OPTIONS", "detect_leaks=0")),
+        Thread => {
+            ("thread", "libtsan.so", ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1"))
+        }
+    };
+    let compiler = env::var("CUEMU_CXX").unwrap_or_else(|_| "g++".to_owned());
+    let found = Command::new(&compiler).arg(format!("-print-file-name={library}")).output().unwrap();
+    let path = String::from_utf8(found.stdout).unwrap().trim().to_owned();
+    // The compiler answers with the bare name where it has no such file.
+    if !path.starts_with('/') {
+        skip_or_panic(&format!("{library} of {compiler}"));
+        return None;
+    }
+    Some(vec![("CUEMU_SANITIZER", name.to_owned()), ("LD_PRELOAD", path), (options.0, options.1.to_owned())])
+}
+
+fn run_with(build: Build, test: &str, fault: &str) -> Option<Child> {
+    let variables = environment(build)?;
+    let variables: Vec<(&str, &str)> =
+        variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    Some(run_child(test, fault, &variables))
+}
+
+/// Every fault of `file` is noticed.
+fn all_are_noticed(file: &str) {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let faults: Vec<_> = FAULTS.iter().filter(|fault| fault.file == file).collect();
+    assert!(!faults.is_empty());
+    let mut unnoticed = Vec::new();
+    for fault in faults {
+        let Some(child) = run_with(fault.build, fault.test, &fault.id()) else { continue };
+        let text = child.text();
+        let ran = text.contains("running 1 test");
+        let reported = fault.reports.iter().any(|report| text.contains(report));
+        println!(
+            "{:<70} {:<8} noticed: {}",
+            fault.id(),
+            format!("{:?}", fault.build),
+            !child.0.status.success() && reported
+        );
+        if child.0.status.success() || !ran || !reported {
+            unnoticed.push(format!("{} ({:?}), by {}:\n{text}", fault.id(), fault.build, fault.test));
+        }
+    }
+    assert!(unnoticed.is_empty(), "{}", unnoticed.join("\n\n"));
+}
+
+#[test]
+fn in_norm() {
+    all_are_noticed("norm.cu");
+}
+
+#[test]
+fn in_stats() {
+    all_are_noticed("stats.cu");
+}
+
+/// Tests of kernels, which must be silent under both sanitizers.
+const CLEAN: &[&str] = &[
+    "norm::forward",
+    "norm::backward",
+    "stats::moments",
+    "stats::the_first_sample_that_is_not_finite_is_named",
+];
+
+fn kernels_are_clean(build: Build) {
+    if is_child() || !runs_here() {
+        return;
+    }
+    for test in CLEAN {
+        let Some(child) = run_with(build, test, "none") else { return };
+        child.assert_passed();
+    }
+}
+
+#[test]
+fn kernels_are_clean_under_address_sanitizer() {
+    kernels_are_clean(Address);
+}
+
+#[test]
+fn kernels_are_clean_under_thread_sanitizer() {
+    kernels_are_clean(Thread);
 }

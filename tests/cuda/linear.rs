@@ -193,10 +193,36 @@ fn linear_of_any_width() {
 fn linear_gives_the_same_bits_under_all_schedules() {
     let Some(machine) = machine() else { return };
     for tile in tiles(&machine) {
-        for direction in [Direction::Forward, Direction::Backward] {
-            let layer = Layer::new(direction, [130, 456, 136]);
+        // More stages than the ring has slots, and a tile that ends.
+        for (direction, sizes) in
+            [(Direction::Forward, [130, 456, 72]), (Direction::Backward, [130, 72, 456])]
+        {
+            let layer = Layer::new(direction, sizes);
             let found = machine.same_under_all_schedules(|| layer.run::<f32>(&machine, tile, true, false));
             layer.check(tile, &found, true);
+        }
+    }
+}
+
+/// What is past the depth, or another row, is not multiplied by zero: it is not there.
+#[test]
+fn a_nan_stays_in_its_row() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine) {
+        for direction in [Direction::Forward, Direction::Backward] {
+            let mut layer = Layer::new(direction, [5, 40, 40]);
+            layer.left[2 * 40] = bf16::NAN;
+            let found: Vec<f32> = layer.run(&machine, tile, true, false);
+            for (row, found) in found.chunks(40).enumerate() {
+                assert!(found.iter().all(|v| v.is_nan() == (row == 2)), "{tile:?} {direction:?} row {row}");
+            }
+        }
+        // A column of the result is a row of the weight, forward.
+        let mut layer = Layer::new(Direction::Forward, [5, 40, 40]);
+        layer.weight[2 * 40] = bf16::NAN;
+        let found: Vec<f32> = layer.run(&machine, tile, true, false);
+        for found in found.chunks(40) {
+            assert!(found.iter().enumerate().all(|(column, v)| v.is_nan() == (column == 2)), "{tile:?}");
         }
     }
 }

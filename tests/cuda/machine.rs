@@ -96,10 +96,30 @@ pub fn stand_in_path() -> PathBuf {
     env::current_exe().unwrap().with_file_name("libcuemu.so")
 }
 
+/// Whether kernels can be emulated here; if not, the reason was printed.
+pub fn runs_here() -> bool {
+    match driver() {
+        Ok(driver) => matches!(driver, Driver::StandIn(_)),
+        Err(reason) => {
+            skip_or_panic(&reason);
+            false
+        }
+    }
+}
+
 /// One test at a time: the schedule is the process's, and a grid keeps a core busy.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Says why a test does not run; in CI, where everything is installed, that is a failure.
+pub fn skip_or_panic(reason: &str) {
+    assert!(
+        env::var_os("GRADLENS_REQUIRE_CUDA").is_none(),
+        "the CUDA tests must run here, but need {reason}"
+    );
+    println!("skipped: this CUDA test needs {reason}");
 }
 
 /// An open device.
@@ -121,11 +141,8 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
     let stand_in = match driver() {
         Ok(Driver::StandIn(stand_in)) => Some(stand_in),
         Ok(Driver::Real) => None,
-        Err(reason) if env::var_os("GRADLENS_REQUIRE_CUDA").is_some() => {
-            panic!("the CUDA tests must run here: {reason}")
-        }
         Err(reason) => {
-            println!("skipped, the CUDA tests need more than this machine has: {reason}");
+            skip_or_panic(&reason);
             return None;
         }
     };

@@ -52,6 +52,9 @@ int cuemu_launch(const CuemuLaunch* launch, char* error, size_t error_bytes);
 // `cuemu::global`. Null when there is no memory.
 void* cuemu_alloc(size_t bytes, uint32_t poison);
 void cuemu_free(void* block);
+// Makes other memory known as device memory (a module's `.global` and `.const` variables), and unknown again.
+void cuemu_register(void* block, size_t bytes);
+void cuemu_unregister(void* block);
 
 // Counters over all grids so far, for tests that want to know that an instruction was really executed.
 struct CuemuStats { uint64_t switches, blocks, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma, shared_conflicts; };
@@ -74,26 +77,56 @@ struct Thread {
   uint32_t lane;    // index in the warp
   Warp* warp;
   Block* block;
+  // For `shared` below: where the block's shared window begins, and a number that belongs to its layout.
+  char* shared_base;
+  uint64_t shared_epoch;
+  // For each 16 bytes of the window: the `write_mark` of the last thread that wrote it (see tma.cpp).
+  uint32_t* shared_writes;
+  uint32_t write_mark;
 };
-extern thread_local Thread* current;
+// The running CUDA thread. The same for the whole life of a kernel function: read it once.
+extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
+// What a kernel under ThreadSanitizer must not show of the checks themselves.
+#ifdef __SANITIZE_THREAD__
+#define CUEMU_CHECK __attribute__((no_sanitize_thread, noinline)) inline
+#else
+#define CUEMU_CHECK inline
+#endif
+
 // Memory. A `Span` is the allocation or variable in which an instruction's last access fell; each translated
-// load or store keeps one, so that the check is two comparisons in the usual case.
+// load or store keeps one, so that the check is a few comparisons in the usual case.
 struct Span { uintptr_t begin = 0, end = 0; uint64_t epoch = 0; };
 extern uint64_t global_epoch;  // counts cuemu_free; read without a lock (frees happen between grids)
+// `count` spans that live as long as the grid, the same ones for all its threads and none else: no lock, no
+// thread-local variable. `key` identifies the kernel. To be asked for once, at the kernel's start. A span that
+// outlives the grid may be used too, if no other OS thread uses it.
+Span* spans(const void* key, uint32_t count);
 void* global_slow(Span& span, uint64_t address, uint32_t bytes, bool write, Site site);
 void* shared_slow(Span& span, uint64_t offset, uint32_t bytes, bool write, Site site);
+void* generic_slow(Span& span, uint64_t address, uint32_t bytes, bool write, Site site);
 // Checks an access of `bytes` (alignment: the same number) to device memory and returns its address.
-inline void* global(Span& span, uint64_t address, uint32_t bytes, bool write, Site site) {
-  if (address >= span.begin && address + bytes <= span.end && span.epoch == global_epoch && address % bytes == 0) return (void*)address;
+CUEMU_CHECK void* global(Span& span, uint64_t address, uint32_t bytes, bool write, Site site) {
+  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch && address % bytes == 0)
+    return reinterpret_cast<void*>(address);
   return global_slow(span, address, bytes, write, site);
 }
 // The same for an address of the shared window (an offset).
-void* shared(Span& span, uint64_t offset, uint32_t bytes, bool write, Site site);
+CUEMU_CHECK void* shared(Span& span, uint64_t offset, uint32_t bytes, bool write, Site site) {
+  const Thread* const thread = current;
+  if (offset < span.begin || offset + (bytes - 1) >= span.end || span.epoch != thread->shared_epoch || offset % bytes != 0)
+    return shared_slow(span, offset, bytes, write, site);
+  if (write) thread->shared_writes[offset / 16] = thread->write_mark;
+  return thread->shared_base + offset;
+}
 // The same for a generic address: device memory, this block's shared memory, or a thread's own stack.
-void* generic(Span& span, uint64_t address, uint32_t bytes, bool write, Site site);
+CUEMU_CHECK void* generic(Span& span, uint64_t address, uint32_t bytes, bool write, Site site) {
+  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch && address % bytes == 0)
+    return reinterpret_cast<void*>(address);
+  return generic_slow(span, address, bytes, write, site);
+}
 
 // Shared variables. `key` identifies the variable (one static per variable of a kernel). Both return the
 // address in the shared window.

@@ -47,6 +47,8 @@ impl Sources {
                 kernel_file!("hopper.cuh"),
                 kernel_file!("linear.cu"),
                 kernel_file!("linear_sm90.cu"),
+                kernel_file!("norm.cu"),
+                kernel_file!("stats.cu"),
             ],
         }
     }

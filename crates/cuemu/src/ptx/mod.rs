@@ -1,1 +1,60 @@
 //! PTX → C++.
+//!
+//! PTX is a linear register language, so the translation is one C++ statement per instruction: a register
+//! becomes a local variable, a label a `goto` target, a `.loc` a `#line`, so that messages and sanitizer
+//! reports name the line of the `.cu` file. Labels and registers declared inside `{ }` get a suffix; all
+//! registers are declared at the top of the function, so they outlive the scopes (asynchronous instructions
+//! keep pointers to them).
+//!
+//! An instruction, a modifier or an operand that is not known is an error. What is known is meant exactly,
+//! except:
+//! - `.ftz` is ignored: subnormal numbers are kept.
+//! - `.approx` and `.full` functions are those of the C library, as exact as these.
+//! - The payload of a NaN may differ.
+//! - Cache, eviction and prefetch hints, `setmaxnreg` and `griddepcontrol` do nothing.
+//! - A cluster is one block.
+//!
+//! The generated file includes `cuemu.h` and `ptx_helpers.h`, reads memory through pointers of several types
+//! (`-fno-strict-aliasing`), and expects products and sums that are not fused by the compiler
+//! (`-ffp-contract=off`).
+
+mod emit;
+mod lex;
+mod operands;
+mod parse;
+mod syntax;
+mod types;
+
+use std::fmt;
+
+/// Why a module was not translated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    line: usize,
+    kernel: Option<String>,
+    message: String,
+}
+
+impl Error {
+    fn new(line: usize, kernel: Option<&str>, message: String) -> Self {
+        Self { line, kernel: kernel.map(str::to_owned), message }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PTX line {}", self.line)?;
+        if let Some(kernel) = &self.kernel {
+            write!(f, ", kernel {kernel}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// The C++ of a whole PTX module. It exports `cuemu_kernels` and `cuemu_kernel_count` (see `cuemu.h`) and
+/// nothing else.
+pub fn translate(ptx: &str) -> Result<String, Error> {
+    emit::module(&parse::parse(ptx)?)
+}

@@ -1,0 +1,163 @@
+//! What the environment changes. Each of these tests starts this program again, in another environment, to
+//! run one of the ignored tests below.
+
+use std::env;
+use std::process::{Command, Output};
+
+use crate::api::*;
+
+fn again(test: &str, through: &[&str], variables: &[(&str, &str)]) -> Output {
+    let program = env::current_exe().unwrap();
+    let mut words: Vec<String> = through.iter().map(|word| (*word).to_string()).collect();
+    words.push(program.display().to_string());
+    words.extend(["--exact", &format!("environment::{test}"), "--ignored", "--nocapture"].map(String::from));
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).envs(variables.iter().copied());
+    command.output().unwrap()
+}
+
+#[track_caller]
+fn passes(output: &Output) {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[test]
+fn memory_is_limited_and_counted() {
+    passes(&again(
+        "of_one_small_device",
+        &[],
+        &[("CUEMU_MEMORY", "1000"), ("CUEMU_DEVICES", "1"), ("CUEMU_CC", "80")],
+    ));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn of_one_small_device() {
+    fails(cuCtxSynchronize(), 3, "cuInit");
+    let context = Context::new(0);
+    assert_eq!(made(|count| cuDeviceGetCount(count)), 1);
+    assert_eq!(made(|value| cuDeviceGetAttribute(value, 97, 0)), 163 << 10);
+    assert_eq!(
+        cuTensorMapEncodeTiled(&mut TensorMap([0; 16]), 9, 1, 0, &1, &1, &1, &1, 0, 0, 0, 0),
+        NOT_SUPPORTED
+    );
+    let info = || {
+        let mut total = 0;
+        (made(|free| cuMemGetInfo_v2(free, &mut total)), total)
+    };
+    assert_eq!(info(), (1000, 1000));
+    let first = made(|pointer| cuMemAlloc_v2(pointer, 600));
+    fails(cuMemAlloc_v2(&mut 0, 401), OUT_OF_MEMORY, "401 bytes were asked for, 400 of the 1000");
+    let second = made(|pointer| cuMemAlloc_v2(pointer, 400));
+    assert_eq!((info().0, cuemu_live_allocations()), (0, 2));
+    ok(cuMemFree_v2(second));
+    assert_eq!((info().0, cuemu_live_allocations()), (400, 1));
+    // A free that waits in a stream is waited for before an allocation fails.
+    let stream = stream();
+    ok(cuMemFreeAsync(first, stream));
+    assert_eq!(info().0, 400);
+    let all = made(|pointer| cuMemAllocAsync(pointer, 1000, stream));
+    let pool = made(|pool| cuDeviceGetDefaultMemPool(pool, 0));
+    assert_eq!(made(|bytes: *mut u64| cuMemPoolGetAttribute(pool, 7, bytes.cast())), 1000);
+    ok(cuMemFreeAsync(all, stream));
+    // What a context leaves behind goes with it.
+    alloc(1);
+    drop(context);
+    assert_eq!(cuemu_live_allocations(), 0);
+}
+
+#[test]
+fn mistakes_are_told() {
+    passes(&again("of_a_wrong_variable", &[], &[("CUEMU_POLICY", "sideways")]));
+    passes(&again("without_a_compiler", &[], &[("CUEMU_CXX", "/nowhere/g++")]));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn of_a_wrong_variable() {
+    fails(cuInit(0), INVALID_VALUE, "CUEMU_POLICY=sideways: expected one of fifo, reverse");
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn without_a_compiler() {
+    let _context = Context::new(0);
+    fails(cuMemAlloc_v2(&mut 0, 4), 221, "CUEMU_CXX");
+}
+
+#[test]
+fn schedules_come_from_the_environment_and_from_calls() {
+    passes(&again("of_a_schedule", &[], &[("CUEMU_POLICY", "reverse"), ("CUEMU_POISON", "0x12345678")]));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn of_a_schedule() {
+    let context = Context::new(0);
+    let mut schedule = cuemu::driver::Schedule::default();
+    ok(cuemu_get_schedule(&mut schedule));
+    assert_eq!((schedule.policy, schedule.poison), (1, 0x1234_5678));
+    let pointer = alloc(1);
+    assert_eq!(read(pointer, 1), [0x1234_5678]);
+    // Two streams that write the same word: the older one comes last.
+    let write_twice = || {
+        let streams = [stream(), stream()];
+        ok(cuMemsetD32Async(pointer, 1, 1, streams[0]));
+        ok(cuMemsetD32Async(pointer, 2, 1, streams[1]));
+        ok(cuCtxSynchronize());
+        read(pointer, 1)[0]
+    };
+    assert_eq!(write_twice(), 1);
+    schedule.policy = 0;
+    ok(cuemu_set_schedule(&schedule));
+    assert_eq!(write_twice(), 2);
+    schedule.policy = 9;
+    assert_eq!(cuemu_set_schedule(&schedule), INVALID_VALUE);
+    // A failure can be forgotten.
+    ok(cuMemFreeAsync(pointer, 0));
+    ok(cuMemFreeAsync(pointer, 0));
+    fails(cuCtxSynchronize(), INVALID_VALUE, "freed before");
+    cuemu_reset();
+    ok(cuCtxSynchronize());
+    drop(context);
+}
+
+#[test]
+fn sanitizers_report() {
+    let program = env!("CARGO_BIN_EXE_cuemu");
+    passes(&again("a_right_kernel", &[program], &[]));
+    passes(&again("a_right_kernel", &[program, "--sanitize", "address"], &[]));
+    passes(&again("a_right_kernel", &[program, "--sanitize", "thread", "--"], &[]));
+    let output = again("a_race", &[program, "--sanitize", "thread"], &[]);
+    let report = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && report.contains("ThreadSanitizer: data race"), "{report}");
+    // Without the program, a sanitizer is not there.
+    passes(&again("without_the_sanitizer", &[], &[("CUEMU_SANITIZER", "address")]));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn a_right_kernel() {
+    let _context = Context::new(0);
+    let pointer = alloc(100);
+    fill(pointer, 100, 5, 0);
+    assert_eq!(read(pointer, 100), [5; 100]);
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn a_race() {
+    let _context = Context::new(0);
+    let pointer = alloc(1);
+    ok(launch(kernel("race"), (1, 32, 0), 0, &[&pointer]));
+    ok(cuCtxSynchronize());
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn without_the_sanitizer() {
+    let _context = Context::new(0);
+    fails(cuMemAlloc_v2(&mut 0, 4), 303, "cuemu --sanitize address COMMAND");
+}

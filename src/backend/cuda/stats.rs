@@ -1,0 +1,152 @@
+//! Per-dimension sums over the rows of samples: `kernels/stats.cu`.
+
+use std::ops::Range;
+
+use super::launch::{Launch, Value};
+use super::{Buf, Cuda, Element};
+use crate::backend::{Moments, NonFinite};
+use crate::error::Result;
+
+/// Rows of a segment at most.
+const SEGMENT_ROWS: usize = 128;
+/// Segments that are summed before they are added to the sums: 256 · 16 bytes per column of partial sums, which
+/// stay in the L2 cache, however short samples are.
+const GROUP: usize = 256;
+
+/// [`Moments`] on a device.
+pub struct DeviceMoments {
+    /// Σ v, Σ |v|, Σ v², max |v|. `[4, width]`
+    sums: Buf<f64>,
+    /// Tokens counted.
+    count: u64,
+}
+
+/// Whether what was added was finite: known once the device has come that far.
+#[must_use = "values may not be finite"]
+pub struct FiniteCheck {
+    /// Lowest index in its group of a segment that is not finite, or `u32::MAX`. `[1, groups]`
+    lowest: Buf<u32>,
+    /// The sample of each segment.
+    samples: Vec<usize>,
+}
+
+impl FiniteCheck {
+    /// Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// The driver fails. The inner error: the first sample whose values are not all finite, or that holds values
+    /// whose squares are too large for float32.
+    pub fn wait(self) -> Result<Result<(), NonFinite>> {
+        let lowest = self.lowest.to_host()?;
+        let found = lowest.iter().enumerate().find(|(_, index)| **index != u32::MAX);
+        Ok(found
+            .map_or(Ok(()), |(group, index)| Err(NonFinite(self.samples[group * GROUP + *index as usize]))))
+    }
+}
+
+impl DeviceMoments {
+    /// Waits for the device.
+    ///
+    /// # Errors
+    ///
+    /// The driver fails.
+    pub fn to_host(&self) -> Result<Moments> {
+        let sums = self.sums.to_host()?;
+        let row = |index: usize| {
+            let width = self.sums.width();
+            sums[index * width..(index + 1) * width].to_vec()
+        };
+        Ok(Moments { sum: row(0), sum_abs: row(1), sum_sq: row(2), max_abs: row(3), count: self.count })
+    }
+}
+
+/// Rows of `samples` as the kernel takes them (first row, number of rows), and the sample of each segment. A
+/// sample is cut from its own first row on, so its segments do not depend on where it lies.
+fn segments(samples: &[Range<usize>]) -> (Vec<[i32; 2]>, Vec<usize>) {
+    let cut = |(sample, rows): (usize, &Range<usize>)| {
+        let end = rows.end;
+        let starts = rows.clone().step_by(SEGMENT_ROWS);
+        starts.map(move |start| ([start as i32, SEGMENT_ROWS.min(end - start) as i32], sample))
+    };
+    samples.iter().enumerate().flat_map(cut).unzip()
+}
+
+impl Cuda {
+    /// Nothing seen yet.
+    ///
+    /// # Errors
+    ///
+    /// The device's memory is exhausted, or the driver fails.
+    pub fn new_moments(&self, width: usize) -> Result<DeviceMoments> {
+        let sums = Buf::from_host(&self.device.memory, &vec![0.0; 4 * width], width)?;
+        Ok(DeviceMoments { sums, count: 0 })
+    }
+
+    /// See [`crate::backend::Backend::moments`]; x `[N, width]`. The sums are the same bytes for any cut of a
+    /// corpus into calls that keeps samples whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::new_moments`].
+    pub fn add_moments<T: Element>(
+        &self,
+        x: &Buf<T>,
+        samples: &[Range<usize>],
+        into: &mut DeviceMoments,
+    ) -> Result<FiniteCheck> {
+        let width = x.width();
+        assert_eq!(width, into.sums.width(), "the sums have the width of x");
+        assert!(samples.iter().all(|rows| rows.end <= x.rows()), "samples lie in x");
+        let (segments, samples_of_segments) = segments(samples);
+        let groups = segments.len().div_ceil(GROUP);
+        let memory = &self.device.memory;
+        let lowest = Buf::from_host(memory, &vec![u32::MAX; groups], groups.max(1))?;
+        let together = 16 / size_of::<T>();
+        let (name, columns) = match (T::NAME, width.is_multiple_of(together)) {
+            ("f32", true) => ("moments_segments_f32", 32 * together),
+            ("f32", false) => ("moments_segments_f32_any", 64),
+            (_, true) => ("moments_segments_bf16", 32 * together),
+            (_, false) => ("moments_segments_bf16_any", 64),
+        };
+        let first = self.kernel("stats.cu", name)?;
+        let second = self.kernel("stats.cu", "moments_accumulate")?;
+        let on_device = Buf::from_host(memory, &segments, 1)?;
+        let partials = Buf::<f32>::new(memory, 4 * segments.len().min(GROUP), width)?;
+        for (group, members) in segments.chunks(GROUP).enumerate() {
+            let member = |buf: u64, bytes: usize| Value::Address(buf + (group * bytes) as u64);
+            let summed = Launch::new(&first, members.len() * width.div_ceil(columns), 128)
+                .arg(if T::NAME == "f32" { "const float* values" } else { "const bf16* values" }, x)
+                .arg("int width", width as i32)
+                .arg("const Segment* segments", member(on_device.allocation().address(), GROUP * 8))
+                .arg("float* partials", &partials)
+                .arg("u32* non_finite", member(lowest.allocation().address(), 4));
+            let added = Launch::new(&second, width.div_ceil(64), 64)
+                .grid_y(4)
+                .arg("const float* partials", &partials)
+                .arg("int num_segments", members.len() as i32)
+                .arg("int width", width as i32)
+                .arg("double* sums", &into.sums);
+            // SAFETY: segments lie in x, which is [N, width]; partials are [4, S, width] for this group's S; its
+            // segments and its place in `lowest` exist; the sums are [4, width].
+            unsafe {
+                summed.on(&self.device.compute)?;
+                added.on(&self.device.compute)?;
+            }
+        }
+        into.count += samples.iter().map(|rows| rows.len() as u64).sum::<u64>();
+        Ok(FiniteCheck { lowest, samples: samples_of_segments })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_cut_from_their_own_first_row() {
+        let (cut, of) = segments(&[3..4, 5..5, 10..266, 266..400]);
+        assert_eq!(cut, [[3, 1], [10, 128], [138, 128], [266, 128], [394, 6]]);
+        assert_eq!(of, [0, 2, 2, 3, 3]);
+    }
+}

@@ -1,0 +1,190 @@
+//! RMSNorm against float64.
+
+use gradlens::backend::cuda::norm::NormSpec;
+use gradlens::backend::cuda::{Buf, Element};
+
+use super::machine::{Machine, Random, machine};
+
+/// (rows, width): every team of threads, with full and partial ones. Widths of a head, hidden sizes, neither.
+const SHAPES: [(usize, usize); 12] = [
+    (3, 1),
+    (5, 7),
+    (70, 4),
+    (37, 64),
+    (19, 100),
+    (11, 128),
+    (13, 256),
+    (5, 260),
+    (3, 896),
+    (2, 3584),
+    (1, 8192),
+    (2, 5123),
+];
+const EPS: f32 = 1e-5;
+
+/// An element type and how finely it rounds.
+trait Checked: Element + PartialEq {
+    /// Half a unit in the last place, relative; for float32 with the sums of squares and the reciprocal root.
+    const ROUNDING: f64;
+    fn of(value: f32) -> Self;
+    fn wide(self) -> f64;
+}
+
+impl Checked for f32 {
+    const ROUNDING: f64 = 1.5e-6;
+    fn of(value: f32) -> Self {
+        value
+    }
+    fn wide(self) -> f64 {
+        self.into()
+    }
+}
+
+impl Checked for half::bf16 {
+    const ROUNDING: f64 = 1.0 / 256.0 + 1.5e-6;
+    fn of(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn wide(self) -> f64 {
+        self.to_f64()
+    }
+}
+
+fn random<T: Checked>(random: &mut Random, len: usize) -> Vec<T> {
+    random.f32(len).into_iter().map(T::of).collect()
+}
+
+/// y and r of one row in float64.
+fn reference(h: &[f64], weight: &[f64]) -> (Vec<f64>, f64) {
+    let mean = h.iter().map(|h| h * h).sum::<f64>() / h.len() as f64;
+    let r = 1.0 / (mean + f64::from(EPS)).sqrt();
+    (h.iter().zip(weight).map(|(h, w)| h * r * w).collect(), r)
+}
+
+fn wide<T: Checked>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|value| value.wide()).collect()
+}
+
+/// Every element within `rounding` of its own `scale`.
+fn assert_near(found: &[f64], wanted: &[f64], scale: impl Fn(usize) -> f64, rounding: f64, what: &str) {
+    assert_eq!(found.len(), wanted.len());
+    for (index, (found, wanted)) in found.iter().zip(wanted).enumerate() {
+        let error = (found - wanted).abs();
+        // NaN is not near.
+        assert!(error <= rounding * scale(index), "{what} [{index}]: {found} instead of {wanted}");
+    }
+}
+
+/// `delta`: whether there is a residual addition before the norm.
+fn check_forward<D: Checked, Y: Checked>(machine: &Machine, rows: usize, width: usize, delta: bool) {
+    let cuda = &machine.cuda;
+    let memory = &cuda.device.memory;
+    let mut numbers = Random::new((rows * width) as u64);
+    let (x, w) = (numbers.f32(rows * width), numbers.f32(width));
+    let d: Vec<D> = random(&mut numbers, rows * width);
+    let spec = NormSpec { eps: EPS, weight_offset: if delta { 1.0 } else { 0.0 } };
+    let weight = Buf::from_host(memory, &w, width).unwrap();
+    let (h, y) = machine.same_under_all_schedules(|| {
+        let x = Buf::from_host(memory, &x, width).unwrap();
+        if !delta {
+            let y: Buf<Y> = cuda.norm(&x, &weight, spec).unwrap();
+            return (x.to_host().unwrap(), y.to_host().unwrap());
+        }
+        let delta = Buf::from_host(memory, &d, width).unwrap();
+        let (h, y) = cuda.add_norm::<D, Y>(&x, &delta, &weight, spec).unwrap();
+        (h.to_host().unwrap(), y.to_host().unwrap())
+    });
+    let what = format!("{} {} {rows}x{width} delta {delta}", D::NAME, Y::NAME);
+    for (index, (x, d)) in x.iter().zip(&d).enumerate() {
+        let sum = if delta { x + d.wide() as f32 } else { *x };
+        assert_eq!(h[index], sum, "{what}: h [{index}]");
+    }
+    let weight: Vec<f64> = w.iter().map(|w| f64::from(*w) + f64::from(spec.weight_offset)).collect();
+    for (h, y) in h.chunks_exact(width).zip(y.chunks_exact(width)) {
+        let (wanted, _) = reference(&wide(h), &weight);
+        assert_near(&wide(y), &wanted, |index| wanted[index].abs() + 1e-30, Y::ROUNDING, &what);
+    }
+}
+
+#[test]
+fn forward() {
+    let Some(machine) = machine() else { return };
+    for (rows, width) in SHAPES {
+        check_forward::<f32, f32>(&machine, rows, width, false);
+        check_forward::<f32, half::bf16>(&machine, rows, width, false);
+        check_forward::<half::bf16, half::bf16>(&machine, rows, width, true);
+    }
+    for (rows, width) in [(3, 7), (4, 64), (2, 896)] {
+        check_forward::<f32, f32>(&machine, rows, width, true);
+        check_forward::<f32, half::bf16>(&machine, rows, width, true);
+        check_forward::<half::bf16, f32>(&machine, rows, width, true);
+    }
+}
+
+#[test]
+fn a_norm_per_head_is_a_norm_of_shorter_rows() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let memory = &cuda.device.memory;
+    let (tokens, heads, head_dim) = (5, 3, 64);
+    let mut numbers = Random::new(3);
+    let x = numbers.f32(tokens * heads * head_dim);
+    let weight = Buf::from_host(memory, &numbers.f32(head_dim), head_dim).unwrap();
+    let spec = NormSpec { eps: EPS, weight_offset: 0.0 };
+    let norm = |width: usize| {
+        let x = Buf::from_host(memory, &x, width).unwrap();
+        let y: Buf<f32> = cuda.norm(&x, &weight, spec).unwrap();
+        assert_eq!((y.rows(), y.width()), (x.rows(), x.width()));
+        let dx = cuda.norm_backward(&x, &weight, spec, &y, None).unwrap();
+        (y.to_host().unwrap(), dx.to_host().unwrap())
+    };
+    assert!(norm(heads * head_dim) == norm(head_dim));
+}
+
+/// `so_far`: whether the gradient holds something already.
+fn check_backward<G: Checked>(machine: &Machine, rows: usize, width: usize, so_far: bool) {
+    let cuda = &machine.cuda;
+    let memory = &cuda.device.memory;
+    let mut numbers = Random::new((7 * rows * width) as u64);
+    let (x, w, base) = (numbers.f32(rows * width), numbers.f32(width), numbers.f32(rows * width));
+    let dy: Vec<G> = random(&mut numbers, rows * width);
+    let spec = NormSpec { eps: EPS, weight_offset: if so_far { 1.0 } else { 0.0 } };
+    let x_device = Buf::from_host(memory, &x, width).unwrap();
+    let weight = Buf::from_host(memory, &w, width).unwrap();
+    let dy_device = Buf::from_host(memory, &dy, width).unwrap();
+    let dx = machine.same_under_all_schedules(|| {
+        let base = so_far.then(|| Buf::from_host(memory, &base, width).unwrap());
+        cuda.norm_backward(&x_device, &weight, spec, &dy_device, base).unwrap().to_host().unwrap()
+    });
+    let weight: Vec<f64> = w.iter().map(|w| f64::from(*w) + f64::from(spec.weight_offset)).collect();
+    let what = format!("{} {rows}x{width} so far {so_far}", G::NAME);
+    for row in 0..rows {
+        let at = row * width..(row + 1) * width;
+        let x = wide(&x[at.clone()]);
+        let (_, r) = reference(&x, &weight);
+        let g: Vec<f64> = wide(&dy[at.clone()]).iter().zip(&weight).map(|(dy, w)| dy * w).collect();
+        let base: Vec<f64> =
+            base[at.clone()].iter().map(|base| if so_far { f64::from(*base) } else { 0.0 }).collect();
+        let products: Vec<f64> = g.iter().zip(&x).map(|(g, x)| g * x).collect();
+        let factor = r.powi(3) / width as f64;
+        let dot = products.iter().sum::<f64>();
+        let wanted: Vec<f64> = (0..width).map(|j| base[j] + r * g[j] - x[j] * factor * dot).collect();
+        // What cancels leaves the rounding of its terms.
+        let terms = products.iter().map(|p| p.abs()).sum::<f64>();
+        let scale = |j: usize| base[j].abs() + (r * g[j]).abs() + (x[j] * factor * terms).abs();
+        assert_near(&wide(&dx[at]), &wanted, scale, f32::ROUNDING, &what);
+    }
+}
+
+#[test]
+fn backward() {
+    let Some(machine) = machine() else { return };
+    for (rows, width) in SHAPES {
+        check_backward::<f32>(&machine, rows, width, true);
+        check_backward::<half::bf16>(&machine, rows, width, true);
+    }
+    for (rows, width) in [(3, 7), (4, 64), (2, 896)] {
+        check_backward::<f32>(&machine, rows, width, false);
+        check_backward::<half::bf16>(&machine, rows, width, false);
+    }
+}

@@ -1,0 +1,142 @@
+//! Per-dimension sums against float64.
+
+use std::ops::Range;
+
+use gradlens::backend::cuda::{Buf, Element};
+use gradlens::backend::{Moments, NonFinite};
+
+use super::machine::{Machine, Random, machine};
+
+/// Samples with rows between them that are not counted; lengths below, at and above those of a warp's eight
+/// rows, of a round of the four warps and of a segment.
+const SAMPLES: [Range<usize>; 8] = [0..1, 1..8, 10..43, 43..171, 171..300, 300..301, 310..333, 333..600];
+
+fn values<T: Element>(width: usize, of: fn(f32) -> T) -> Vec<T> {
+    Random::new(width as u64).f32(SAMPLES[7].end * width).into_iter().map(of).collect()
+}
+
+/// Sums of `samples`, handed over in calls of so many samples each.
+fn sums<T: Element>(machine: &Machine, values: &[T], width: usize, calls: &[usize]) -> Moments {
+    let cuda = &machine.cuda;
+    let mut moments = cuda.new_moments(width).unwrap();
+    let mut left = &SAMPLES[..];
+    for &count in calls {
+        let (samples, rest) = left.split_at(count);
+        left = rest;
+        // A chunk of its own, in which the samples lie elsewhere.
+        let (start, end) = (samples[0].start, samples[count - 1].end);
+        let x = Buf::from_host(&cuda.device.memory, &values[start * width..end * width], width).unwrap();
+        let samples: Vec<_> = samples.iter().map(|rows| rows.start - start..rows.end - start).collect();
+        cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap().unwrap();
+    }
+    moments.to_host().unwrap()
+}
+
+fn check<T: Element>(machine: &Machine, width: usize, of: fn(f32) -> T, wide: fn(&T) -> f64) {
+    let values = values(width, of);
+    let found = machine.same_under_all_schedules(|| sums(machine, &values, width, &[8]));
+    let mut wanted = Moments::new(width);
+    for row in SAMPLES.into_iter().flatten() {
+        for column in 0..width {
+            let value = wide(&values[row * width + column]);
+            wanted.sum[column] += value;
+            wanted.sum_abs[column] += value.abs();
+            wanted.sum_sq[column] += value * value;
+            wanted.max_abs[column] = wanted.max_abs[column].max(value.abs());
+        }
+        wanted.count += 1;
+    }
+    let what = format!("{} {width}", T::NAME);
+    assert_eq!(found.count, wanted.count);
+    assert_eq!(found.max_abs, wanted.max_abs, "{what}");
+    // Eight roundings between a value and its sum, one more in its square.
+    let rounding = 9.0 * 2f64.powi(-24);
+    for column in 0..width {
+        let (abs, sq) = (wanted.sum_abs[column], wanted.sum_sq[column]);
+        for (found, wanted, scale) in [
+            (found.sum[column], wanted.sum[column], abs),
+            (found.sum_abs[column], abs, abs),
+            (found.sum_sq[column], sq, sq),
+        ] {
+            assert!((found - wanted).abs() <= rounding * scale, "{what} [{column}]: {found} {wanted}");
+        }
+    }
+    for calls in [&[1; 8][..], &[3, 4, 1]] {
+        assert!(sums(machine, &values, width, calls) == found, "{what}: other bytes in calls of {calls:?}");
+    }
+}
+
+#[test]
+fn moments() {
+    let Some(machine) = machine() else { return };
+    for width in [1, 7, 64, 100, 264, 515] {
+        check(&machine, width, |value| value, |value| f64::from(*value));
+        check(&machine, width, half::bf16::from_f32, |value| value.to_f64());
+    }
+}
+
+/// Many short samples: more segments than are summed at a time.
+#[test]
+fn many_samples() {
+    let Some(machine) = machine() else { return };
+    let (cuda, width, count) = (&machine.cuda, 8, 600);
+    let values: Vec<f32> = (0..2 * count * width).map(|index| (index % 97) as f32).collect();
+    let x = Buf::from_host(&cuda.device.memory, &values, width).unwrap();
+    let samples: Vec<_> = (0..count).map(|sample| 2 * sample..2 * sample + 2).collect();
+    let mut moments = cuda.new_moments(width).unwrap();
+    cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap().unwrap();
+    let found = moments.to_host().unwrap();
+    for column in 0..width {
+        let of_column = || values.iter().skip(column).step_by(width).map(|value| f64::from(*value));
+        // Integers: exact.
+        assert_eq!(found.sum[column], of_column().sum::<f64>());
+        assert_eq!(found.sum_sq[column], of_column().map(|value| value * value).sum::<f64>());
+    }
+    let x = {
+        let mut values = values;
+        values[2 * 599 * width + 3] = f32::NAN;
+        values[2 * 300 * width] = f32::INFINITY;
+        Buf::from_host(&cuda.device.memory, &values, width).unwrap()
+    };
+    let found = cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap();
+    assert_eq!(found, Err(NonFinite(300)));
+}
+
+#[test]
+fn the_first_sample_that_is_not_finite_is_named() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let samples = [0..130, 130..150, 150..290];
+    for width in [136, 7] {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for (rows, wanted) in
+                [(&[129][..], Some(0)), (&[149, 131], Some(1)), (&[289, 279], Some(2)), (&[291], None)]
+            {
+                let mut values = Random::new(9).f32(292 * width);
+                for (index, row) in rows.iter().enumerate() {
+                    values[row * width + (width - 1) * (index % 2)] = bad;
+                }
+                let narrow: Vec<_> = values.iter().copied().map(half::bf16::from_f32).collect();
+                let mut moments = cuda.new_moments(width).unwrap();
+                let x = Buf::from_host(&cuda.device.memory, &values, width).unwrap();
+                let found = cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap();
+                assert_eq!(found.err(), wanted.map(NonFinite), "{width} {bad} {rows:?}");
+                let x = Buf::from_host(&cuda.device.memory, &narrow, width).unwrap();
+                let found = cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap();
+                assert_eq!(found.err(), wanted.map(NonFinite), "{width} {bad} {rows:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_to_add() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let x = Buf::from_host(&cuda.device.memory, &[1.0_f32; 8], 4).unwrap();
+    let mut moments = cuda.new_moments(4).unwrap();
+    for samples in [vec![], vec![1..1, 2..2]] {
+        cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap().unwrap();
+    }
+    assert_eq!(moments.to_host().unwrap(), Moments::new(4));
+}
