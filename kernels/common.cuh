@@ -126,3 +126,62 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// ---- tiles of a matrix product ----------------------------------------------------------------------
+
+struct TilePlace {
+  int row, column;
+};
+
+// Where tile `index` of row_tiles x column_tiles lies: bands of `band` rows of tiles, each walked column by
+// column, so that the tiles under way at one time share their operands in L2. Fewer than 2^31 tiles.
+__device__ __forceinline__ TilePlace place_tile(int index, int row_tiles, int column_tiles, int band) {
+  const int first = index / (band * column_tiles) * band;
+  const int height = min(band, row_tiles - first), inside = index - first * column_tiles;
+  return {first + inside % height, inside / height};
+}
+
+// One row of two neighbouring accumulator tiles, 16 columns, as the tensor cores leave it: this lane has
+// columns q, q+1 in `left` and 8+q, 8+q+1 in `right`, q = 2(lane%4). Returns four neighbours, from column
+// quad_column() of the 16, so that the warp writes whole 32-byte sectors. All lanes call it.
+__device__ __forceinline__ float4 gather_quad(float left0, float left1, float right0, float right1) {
+  const bool odd = threadIdx.x & 1;
+  const float other0 = __shfl_xor_sync(FULL_WARP, odd ? left0 : right0, 1);
+  const float other1 = __shfl_xor_sync(FULL_WARP, odd ? left1 : right1, 1);
+  return odd ? make_float4(other0, other1, right0, right1) : make_float4(left0, left1, other0, other1);
+}
+__device__ __forceinline__ int quad_column() { return (threadIdx.x & 1) * 8 + (threadIdx.x & 2) * 2; }
+
+// Four neighbours of a row, from `column` on; what is past `columns` is not touched and reads as zero. One
+// access where every row starts on a vector, columns % 4 == 0; WHOLE promises that.
+template <bool WHOLE> __device__ __forceinline__ float4 load_quad(const float* row, int column, int columns) {
+  if constexpr (!WHOLE) {
+    if (columns & 3) {
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[i] = column + i < columns ? row[column + i] : 0.f;
+      return make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+  return column < columns ? *(const float4*)(row + column) : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+__device__ __forceinline__ void store_four(float* p, float4 v) { *(float4*)p = v; }
+__device__ __forceinline__ void store_four(bf16* p, float4 v) {
+  *(uint2*)p = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+}
+template <bool WHOLE, class T>
+__device__ __forceinline__ void store_quad(T* row, int column, int columns, float4 v) {
+  if constexpr (!WHOLE) {
+    if (columns & 3) {
+      const float value[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (column + i < columns) row[column + i] = from_float<T>(value[i]);
+      return;
+    }
+  }
+  if (column < columns) store_four(row + column, v);
+}
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}

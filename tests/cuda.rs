@@ -10,6 +10,8 @@
 mod faults;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/linear.rs"]
+mod linear;
 #[path = "cuda/machine.rs"]
 mod machine;
 #[path = "cuda/norm.rs"]

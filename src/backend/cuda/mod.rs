@@ -9,11 +9,13 @@
 
 pub mod device;
 pub mod launch;
+pub mod linear;
 pub mod memory;
 pub mod module;
 pub mod norm;
 pub mod nvrtc;
 pub mod stats;
+mod tensor_map;
 
 pub use device::{Device, DeviceInfo, DeviceName, devices};
 pub use memory::{Buf, Element, Memory};

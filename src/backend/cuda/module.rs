@@ -41,7 +41,16 @@ pub struct Sources {
 impl Sources {
     /// As they were when the program was built.
     pub fn embedded() -> Self {
-        Self { files: vec![kernel_file!("common.cuh"), kernel_file!("norm.cu"), kernel_file!("stats.cu")] }
+        Self {
+            files: vec![
+                kernel_file!("common.cuh"),
+                kernel_file!("hopper.cuh"),
+                kernel_file!("linear.cu"),
+                kernel_file!("linear_sm90.cu"),
+                kernel_file!("norm.cu"),
+                kernel_file!("stats.cu"),
+            ],
+        }
     }
 
     /// The same with one place of one file changed: how tests plant faults.

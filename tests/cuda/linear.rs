@@ -1,0 +1,272 @@
+//! Linear layers: every kernel against float64, on shapes that end inside tiles and use each stage of the ring
+//! more than once.
+
+use gradlens::backend::cuda::linear::{Direction, Output, Shape, Tile};
+use gradlens::backend::cuda::{Buf, Sources};
+use half::bf16;
+
+use super::machine::{Machine, Random, machine, relative_error};
+
+/// Lines to change, each of which these tests must notice: (file, from, to).
+pub const FAULTS: [(&str, &str, &str); 18] = [
+    // Waits and barriers.
+    ("linear.cu", "cp_async_wait<T::STAGES - 2>();  // the first stage's copies by this thread", ""),
+    ("linear.cu", "__syncthreads();                 // and by the others\n", ""),
+    ("linear.cu", "cp_async_wait<T::STAGES - 2>();  // the next stage's copies by this thread", ""),
+    ("linear.cu", "__syncthreads();                 // and by the others; all warps have read", "//"),
+    ("linear.cu", "cp_async_commit();  // empty groups keep the count in step", ""),
+    ("linear_sm90.cu", "__syncthreads();  // the barriers are initialised", ""),
+    (
+        "linear_sm90.cu",
+        "barrier_wait(empty + ring.slot * 8, ring.parity ^ 1);  // the slot's last use is over",
+        "",
+    ),
+    ("linear_sm90.cu", "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived", ""),
+    ("linear_sm90.cu", "wgmma_wait<1>();  // the stage before this one has been read", ""),
+    ("linear_sm90.cu", "wgmma_wait<0>();  // the sums are complete", ""),
+    // What is past the end.
+    ("linear.cu", "depth0 + a_copy.column < depth ? 16 : 0", "16"),
+    ("linear.cu", "depth0 + at < depth ? 16 : 0", "16"),
+    ("linear.cu", "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)", "(a_copy.row + i * a_copy.STEP)"),
+    ("linear.cu", "min(row, columns - 1 - column0)", "row"),
+    ("linear.cu", "if (row >= rows) continue;", ""),
+    ("linear_sm90.cu", "if (row >= rows) continue;", ""),
+    // Sums.
+    ("linear_sm90.cu", "index > 0 || k > 0", "true"),
+    ("linear.cu", "else if (addend) v = v +", "else if (addend) v ="),
+];
+
+/// One layer's numbers.
+struct Layer {
+    shape: Shape,
+    /// `[N, in]` or `[N, out]`
+    left: Vec<bf16>,
+    /// `[out, in]`
+    weight: Vec<bf16>,
+    /// bias `[out]` or addend `[N, in]`
+    added: Vec<f32>,
+    direction: Direction,
+}
+
+impl Layer {
+    fn new(direction: Direction, [rows, in_features, out_features]: [usize; 3]) -> Self {
+        let mut random = Random::new((rows * 31 + in_features * 7 + out_features) as u64);
+        let (width, added) = match direction {
+            Direction::Forward => (in_features, out_features),
+            Direction::Backward => (out_features, rows * in_features),
+        };
+        Self {
+            shape: Shape { rows, in_features, out_features },
+            left: random.bf16(rows * width),
+            weight: random.bf16(out_features * in_features),
+            added: random.f32(added),
+            direction,
+        }
+    }
+
+    /// Width of the left operand and of the result.
+    fn widths(&self) -> (usize, usize) {
+        let Shape { in_features, out_features, .. } = self.shape;
+        match self.direction {
+            Direction::Forward => (in_features, out_features),
+            Direction::Backward => (out_features, in_features),
+        }
+    }
+
+    /// The result in float64, and the sums of its terms' absolute values, which bound the rounding.
+    fn wanted(&self, with_added: bool) -> (Vec<f64>, Vec<f64>) {
+        let (depth, columns) = self.widths();
+        let at = |row: usize, column: usize| {
+            let weight = |k: usize| match self.direction {
+                Direction::Forward => self.weight[column * depth + k],
+                Direction::Backward => self.weight[k * columns + column],
+            };
+            let terms = (0..depth).map(|k| self.left[row * depth + k].to_f64() * weight(k).to_f64());
+            let added = match self.direction {
+                Direction::Forward => self.added[column],
+                Direction::Backward => self.added[row * columns + column],
+            };
+            let added = if with_added { f64::from(added) } else { 0.0 };
+            terms.fold((added, added.abs()), |(sum, size), term| (sum + term, size + term.abs()))
+        };
+        (0..self.shape.rows * columns).map(|i| at(i / columns, i % columns)).unzip()
+    }
+
+    /// Runs a kernel. `in_place`: the addend lies in the result's buffer.
+    fn run<Y: Output>(&self, machine: &Machine, tile: Tile, with_added: bool, in_place: bool) -> Vec<Y> {
+        let memory = &machine.cuda.device.memory;
+        let (depth, columns) = self.widths();
+        let left = Buf::from_host(memory, &self.left, depth).unwrap();
+        let weight = Buf::from_host(memory, &self.weight, self.shape.in_features).unwrap();
+        let added = Buf::from_host(memory, &self.added, columns).unwrap();
+        let given = with_added.then_some(&added);
+        if in_place {
+            machine.cuda.linear_backward_with(tile, &left, &weight, given, &added).unwrap();
+            return bytemuck::cast_slice(&added.to_host().unwrap()).to_vec();
+        }
+        let result = Buf::<Y>::new(memory, self.shape.rows, columns).unwrap();
+        match self.direction {
+            Direction::Forward => machine.cuda.linear_forward_with(tile, &left, &weight, given, &result),
+            Direction::Backward => machine.cuda.linear_backward_with(tile, &left, &weight, given, &result),
+        }
+        .unwrap();
+        result.to_host().unwrap()
+    }
+
+    /// Compares each element with float64: float32 sums of depth terms lose at most depth + 1 roundings of the
+    /// terms' absolute sum (in practice about the square root), a bfloat16 result another half unit.
+    fn check<Y: Output + Into<f64>>(&self, tile: Tile, found: &[Y], with_added: bool) {
+        let (wanted, sizes) = self.wanted(with_added);
+        let roundings = f64::from(f32::EPSILON) * ((self.widths().0 as f64).sqrt() + 2.0);
+        let unit = if Y::NAME == "bf16" { 2_f64.powi(-8) } else { 0.0 };
+        assert_eq!(found.len(), wanted.len());
+        for (i, ((found, wanted), size)) in found.iter().zip(&wanted).zip(&sizes).enumerate() {
+            let found: f64 = (*found).into();
+            let tolerance = roundings * size + unit * wanted.abs() * 1.01;
+            let (row, column) = (i / self.widths().1, i % self.widths().1);
+            assert!(
+                (found - wanted).abs() <= tolerance,
+                "{tile:?} {:?} {:?} to {} at {row}, {column}: {found}, wanted {wanted} ± {tolerance}",
+                self.direction,
+                self.shape,
+                Y::NAME
+            );
+        }
+        assert!(relative_error(found.iter().map(|v| (*v).into()), &wanted) <= 2_f64.powi(-17) + unit);
+    }
+}
+
+/// Everything a kernel does on one shape.
+fn check_all(machine: &Machine, tile: Tile, sizes: [usize; 3]) {
+    for direction in [Direction::Forward, Direction::Backward] {
+        let layer = Layer::new(direction, sizes);
+        for with_added in [true, false] {
+            layer.check(tile, &layer.run::<f32>(machine, tile, with_added, false), with_added);
+        }
+        layer.check(tile, &layer.run::<bf16>(machine, tile, true, false), true);
+        if direction == Direction::Backward {
+            let separate = layer.run::<f32>(machine, tile, true, false);
+            assert!(layer.run::<f32>(machine, tile, true, true) == separate, "{tile:?} in place");
+        }
+    }
+}
+
+fn tiles(machine: &Machine) -> Vec<Tile> {
+    let hopper = machine.cuda.device.info.compute_capability == (9, 0);
+    let mut tiles = vec![Tile::Large, Tile::Small, Tile::Unaligned];
+    tiles.extend([Tile::Narrow, Tile::Wide].into_iter().filter(|_| hopper));
+    tiles
+}
+
+#[test]
+fn linear_matches_float64() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine) {
+        for sizes in [[1, 8, 8], [130, 264, 136], [70, 72, 264]] {
+            check_all(&machine, tile, sizes);
+        }
+    }
+    // Three rows of tiles, several columns, and more stages than the ring has slots.
+    for tile in tiles(&machine).into_iter().filter(|tile| *tile != Tile::Unaligned) {
+        let layer = Layer::new(Direction::Forward, [260, 456, 264]);
+        layer.check(tile, &layer.run::<f32>(&machine, tile, true, false), true);
+    }
+}
+
+#[test]
+fn linear_of_any_width() {
+    let Some(machine) = machine() else { return };
+    for sizes in [[1, 1, 1], [3, 5, 7], [66, 201, 67]] {
+        check_all(&machine, Tile::Unaligned, sizes);
+    }
+    // Outputs whose rows do not start on a vector, from inputs whose rows do.
+    for tile in tiles(&machine) {
+        for out_features in [33, 130] {
+            let layer = Layer::new(Direction::Forward, [66, 40, out_features]);
+            layer.check(tile, &layer.run::<f32>(&machine, tile, true, false), true);
+            layer.check(tile, &layer.run::<bf16>(&machine, tile, true, false), true);
+        }
+    }
+}
+
+#[test]
+fn linear_gives_the_same_bits_under_all_schedules() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine) {
+        // More stages than the ring has slots, and a tile that ends.
+        for (direction, sizes) in
+            [(Direction::Forward, [130, 456, 72]), (Direction::Backward, [130, 72, 456])]
+        {
+            let layer = Layer::new(direction, sizes);
+            let found = machine.same_under_all_schedules(|| layer.run::<f32>(&machine, tile, true, false));
+            layer.check(tile, &found, true);
+        }
+    }
+}
+
+/// What is past the depth, or another row, is not multiplied by zero: it is not there.
+#[test]
+fn a_nan_stays_in_its_row() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine) {
+        for direction in [Direction::Forward, Direction::Backward] {
+            let mut layer = Layer::new(direction, [5, 40, 40]);
+            layer.left[2 * 40] = bf16::NAN;
+            let found: Vec<f32> = layer.run(&machine, tile, true, false);
+            for (row, found) in found.chunks(40).enumerate() {
+                assert!(found.iter().all(|v| v.is_nan() == (row == 2)), "{tile:?} {direction:?} row {row}");
+            }
+        }
+        // A column of the result is a row of the weight, forward.
+        let mut layer = Layer::new(Direction::Forward, [5, 40, 40]);
+        layer.weight[2 * 40] = bf16::NAN;
+        let found: Vec<f32> = layer.run(&machine, tile, true, false);
+        for found in found.chunks(40) {
+            assert!(found.iter().enumerate().all(|(column, v)| v.is_nan() == (column == 2)), "{tile:?}");
+        }
+    }
+}
+
+#[test]
+fn bits_of_a_row_do_not_depend_on_other_rows_or_the_tile() {
+    let Some(machine) = machine() else { return };
+    for direction in [Direction::Forward, Direction::Backward] {
+        let all = Layer::new(direction, [150, 200, 200]);
+        let families: [&[Tile]; 2] =
+            [&[Tile::Large, Tile::Small, Tile::Unaligned], &[Tile::Narrow, Tile::Wide]];
+        for family in families {
+            let available = tiles(&machine);
+            let mut found: Vec<Vec<f32>> = Vec::new();
+            for tile in family.iter().filter(|tile| available.contains(tile)) {
+                found.push(all.run(&machine, *tile, true, false));
+                // The last rows alone, at other places of a tile.
+                let first = 77;
+                let mut some = Layer::new(direction, [150, 200, 200]);
+                some.shape.rows -= first;
+                some.left.drain(..first * 200);
+                if direction == Direction::Backward {
+                    some.added.drain(..first * 200);
+                }
+                let alone: Vec<f32> = some.run(&machine, *tile, true, false);
+                assert!(alone == found[0][first * 200..], "{tile:?} {direction:?}");
+            }
+            assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{family:?} {direction:?}");
+        }
+    }
+}
+
+#[test]
+fn no_rows_is_no_work() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine) {
+        let layer = Layer::new(Direction::Forward, [0, 8, 8]);
+        assert!(layer.run::<f32>(&machine, tile, true, false).is_empty());
+    }
+}
+
+#[test]
+fn the_faults_have_their_places() {
+    for (file, from, to) in FAULTS {
+        Sources::embedded().with(file, from, to).unwrap();
+    }
+}
