@@ -3,6 +3,8 @@
 //! Every test has contexts of its own. Those that need an environment of their own run in a process of their
 //! own (`environment`).
 
+#![allow(clippy::unwrap_used)]
+
 mod api;
 mod environment;
 mod launches;
