@@ -94,8 +94,7 @@ Fiber* pop_ready() {
   return fiber;
 }
 
-// The thread to run next; null where there is none, or the grid has failed.
-Fiber* pick() {
+Fiber* pick_with_engine() {
   const uint32_t mode = launch->schedule.async_mode;
   if (mode == CUEMU_EAGER) {
     while (run_engine()) {}
@@ -113,7 +112,20 @@ Fiber* pick() {
   return launch->failed ? nullptr : pop_ready();
 }
 
-void arrive_on(void* fake_stack) {
+// The thread to run next; null where there is none, or the grid has failed.
+inline Fiber* pick() {
+  Launch& grid = *launch;
+  const bool plain = grid.ring_count && !grid.failed && (grid.schedule.async_mode == CUEMU_LAZY || grid.engine.empty());
+  if (!plain) return pick_with_engine();
+  if (grid.schedule.policy != CUEMU_FIFO) return pop_ready();
+  Fiber* const fiber = grid.ring[grid.ring_first];
+  grid.ring_first = (grid.ring_first + 1) & (grid.ring.size() - 1);
+  grid.ring_count--;
+  return fiber;
+}
+
+inline void arrive_on(void* fake_stack) {
+  if constexpr (!asan::enabled) return;
   const void* bottom = nullptr;
   size_t bytes = 0;
   asan::finish_switch(fake_stack, &bottom, &bytes);
@@ -124,7 +136,7 @@ void arrive_on(void* fake_stack) {
 }
 
 // From one thread to another; null is the stack of `cuemu_launch`.
-void switch_to(Fiber* from, Fiber* to, bool from_ends = false) {
+inline void switch_to(Fiber* from, Fiber* to, bool from_ends = false) {
   launch->stats.switches++;
   current = to;
   void** const fake_stack = from_ends ? nullptr : from ? &from->fake_stack : &launch->main_fake_stack;
@@ -136,7 +148,7 @@ void switch_to(Fiber* from, Fiber* to, bool from_ends = false) {
   arrive_on(from ? from->fake_stack : launch->main_fake_stack);
 }
 
-void run_others() {
+inline void run_others() {
   Fiber* const fiber = self();
   Fiber* const next = pick();
   if (next != fiber) switch_to(fiber, next);
@@ -458,14 +470,6 @@ uint64_t random_bits() {  // xorshift64*
 const char* file_name(Site site) {
   const char* const slash = site.file ? strrchr(site.file, '/') : nullptr;
   return slash ? slash + 1 : site.file ? site.file : "?";
-}
-
-bool same_site(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
-
-void make_ready(Fiber* fiber) {
-  fiber->state = State::ready;
-  launch->idle_rounds = 0;
-  launch->ring[(launch->ring_first + launch->ring_count++) & (launch->ring.size() - 1)] = fiber;
 }
 
 void wait_here(const char* what, Site site) {
