@@ -10,8 +10,8 @@ use super::device::{api, check};
 use super::error::{Code, Error, Result};
 use super::options::{Options, schedule};
 use super::runtime::Runtime;
-use super::stream::{self, context_of, resolve, submit_always};
 use super::state;
+use super::stream::{self, context_of, resolve, submit_always};
 
 /// Who an allocation belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
