@@ -205,6 +205,10 @@ uint64_t random_bits();
 inline uint32_t random_below(uint32_t bound) { return static_cast<uint32_t>((random_bits() & 0xffffffff) * bound >> 32); }
 void wait_here(const char* what, Site site);  // returns when somebody has made the thread ready
 void spin_here(const char* what, Site site);  // lets everybody else run
+void prepare_stack(Fiber& fiber);             // so that it begins with the kernel
+Fiber* next_thread();                         // null: none is ready, or the grid has failed
+void run_thread(Fiber* fiber);                // from the launch's stack, until nothing is ready
+void describe_deadlock();                     // and fails the grid
 void fail_later(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));  // for the engine
 const char* file_name(Site site);             // without folders
 
