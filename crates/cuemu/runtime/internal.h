@@ -186,15 +186,31 @@ extern __thread Launch* launch __attribute__((tls_model("initial-exec"), visibil
 
 inline Fiber* self() { return static_cast<Fiber*>(current); }
 
+inline void make_ready(Fiber* fiber) {
+  Launch& grid = *launch;
+  fiber->state = State::ready;
+  grid.idle_rounds = 0;
+  grid.ring[(grid.ring_first + grid.ring_count++) & (grid.ring.size() - 1)] = fiber;
+}
+
+inline bool same_site(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file));
+}
+
+// What only the runtime's own files call need not go through the dynamic linker.
+#pragma GCC visibility push(hidden)
+
 // fibers.cpp
 uint64_t random_bits();
 inline uint32_t random_below(uint32_t bound) { return static_cast<uint32_t>((random_bits() & 0xffffffff) * bound >> 32); }
-void make_ready(Fiber* fiber);
 void wait_here(const char* what, Site site);  // returns when somebody has made the thread ready
 void spin_here(const char* what, Site site);  // lets everybody else run
+void prepare_stack(Fiber& fiber);             // so that it begins with the kernel
+Fiber* next_thread();                         // null: none is ready, or the grid has failed
+void run_thread(Fiber* fiber);                // from the launch's stack, until nothing is ready
+void describe_deadlock();                     // and fails the grid
 void fail_later(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));  // for the engine
 const char* file_name(Site site);             // without folders
-bool same_site(Site a, Site b);
 
 // memory.cpp
 void lay_out_window(Block& block);
@@ -228,5 +244,7 @@ void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp
 
 // barriers.cpp
 void check_barriers_at_exit(Fiber& fiber);
+
+#pragma GCC visibility pop
 
 }  // namespace cuemu

@@ -80,6 +80,7 @@ struct Ignore {
 namespace cuemu::asan {
 
 #if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool enabled = true;
 inline void poison(const void* address, size_t bytes) { __asan_poison_memory_region(address, bytes); }
 inline void unpoison(const void* address, size_t bytes) { __asan_unpoison_memory_region(address, bytes); }
 inline void start_switch(void** fake_stack, const void* bottom, size_t bytes) {
@@ -89,6 +90,7 @@ inline void finish_switch(void* fake_stack, const void** old_bottom, size_t* old
   __sanitizer_finish_switch_fiber(fake_stack, old_bottom, old_bytes);
 }
 #else
+inline constexpr bool enabled = false;
 inline void poison(const void*, size_t) {}
 inline void unpoison(const void*, size_t) {}
 inline void start_switch(void**, const void*, size_t) {}

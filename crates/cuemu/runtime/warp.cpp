@@ -86,8 +86,6 @@ void finish_reduce(Warp& warp, const Collective& open) {
   for_each_lane(open.mask, [&](uint32_t lane) { brought<ReduceLane>(warp, lane).result = result; });
 }
 
-void finish_nothing(Warp&, const Collective&) {}
-
 }  // namespace
 
 void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp&, const Collective&), Site site) {
@@ -119,7 +117,7 @@ void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp
     wait_here(name, site);
     return;
   }
-  finish(warp, *open);
+  if (finish) finish(warp, *open);
   warp.open &= ~(1u << (open - warp.collectives));
   for_each_lane(mask & ~lane_bit, [&](uint32_t lane) { make_ready(warp.lanes[lane]); });
 }
@@ -145,7 +143,7 @@ void warp_sync(uint32_t mask, Site site) {
   });
   void* const token = fiber->block->token(warp_tokens + fiber->linear / warp_lanes * 2 + turn);
   tsan::release(token);
-  collective("bar.warp.sync", mask, nullptr, finish_nothing, site);
+  collective("bar.warp.sync", mask, nullptr, nullptr, site);
   tsan::acquire(token);
 }
 
@@ -182,7 +180,7 @@ uint32_t active_mask() { return current->warp->alive; }
 
 uint32_t elect(uint32_t mask, bool* is_leader, Site site) {
   tsan::Ignore ignore;
-  collective("elect.sync", mask, nullptr, finish_nothing, site);
+  collective("elect.sync", mask, nullptr, nullptr, site);
   const uint32_t leader = static_cast<uint32_t>(__builtin_ctz(mask));
   *is_leader = current->lane == leader;
   return leader;

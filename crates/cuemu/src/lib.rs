@@ -27,6 +27,19 @@
 //! | `CUEMU_SANITIZER` | `none`, `address`, `thread` | what kernels are compiled with |
 //! | `CUEMU_CACHE` | folder | where compiled kernels are kept; default: in the build folder |
 //! | `CUEMU_CXX` | command, `g++` | the compiler |
+//!
+//! # Use
+//!
+//! `cargo build -p cuemu` makes `libcuemu.so` and the program `cuemu`, which runs another one on it:
+//! `cuemu COMMAND`, `cuemu --sanitize thread COMMAND`. A test may also load `libcuemu.so` by its path before
+//! anything else asks for a driver; its SONAME is `libcuda.so`.
+//!
+//! A failed kernel makes every later call of its context fail, as on a GPU, and `cuGetErrorString` tells what
+//! happened: the kernel, the thread, the line of the `.cu` file.
+//!
+//! Tests control the driver through functions that it exports beside those of CUDA: `cuemu_set_schedule`,
+//! `cuemu_get_schedule` ([`driver::Schedule`]), `cuemu_counters` ([`driver::Stats`]), `cuemu_last_error`,
+//! `cuemu_live_allocations`, and `cuemu_reset`, which forgets failed kernels.
 
 pub mod driver;
 pub mod ptx;

@@ -25,6 +25,10 @@ Options:
   --sanitize thread   find data races (ThreadSanitizer)
   --help              print this
 
+Tests under a sanitizer: let cargo run their programs, not itself, on the driver:
+
+  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='cuemu --sanitize thread --' cargo test
+
 The environment of the emulated devices (CUEMU_POLICY, CUEMU_CC, ...) is described in the documentation of
 the crate. Variables that are set already are kept.
 ";
@@ -69,10 +73,22 @@ fn run(arguments: Vec<OsString>) -> Result<(), String> {
         }
         return Ok(());
     };
-    let error = Command::new(program).args(arguments).envs(variables).exec();
-    Err(format!("{}: {error}", program.display()))
+    let mut command = Command::new(program);
+    if matches!(sanitizer, Some(Sanitizer::Thread)) && randomises_too_much() {
+        command = Command::new("setarch");
+        command.arg("-R").arg(program);
+    }
+    let error = command.args(arguments).envs(variables).exec();
+    Err(format!("{}: {error}", command.get_program().display()))
 }
 
+/// ThreadSanitizer needs parts of the address space that more than 28 random bits may take.
+fn randomises_too_much() -> bool {
+    let bits = fs::read_to_string("/proc/sys/vm/mmap_rnd_bits").unwrap_or_default();
+    bits.trim().parse::<u32>().is_ok_and(|bits| bits > 28)
+}
+
+#[derive(Clone, Copy)]
 enum Sanitizer {
     Address,
     Thread,
@@ -122,7 +138,9 @@ fn library_folder() -> Result<PathBuf, String> {
     let program = env::current_exe().map_err(|error| format!("where this program is: {error}"))?;
     let home = program.parent().unwrap_or(Path::new("."));
     let candidates = [home.join("libcuemu.so"), home.join("deps").join("libcuemu.so")];
-    let library = candidates.iter().find(|path| path.exists()).ok_or_else(|| {
+    // `cargo build` copies the library out of `deps`, `cargo test` does not: the newer one is right.
+    let time = |path: &&PathBuf| fs::metadata(path).and_then(|data| data.modified()).ok();
+    let library = candidates.iter().filter(|path| path.exists()).max_by_key(time).ok_or_else(|| {
         format!("{} is missing: build the whole package (cargo build -p cuemu)", candidates[0].display())
     })?;
     let folder = home.join("cuemu-driver");

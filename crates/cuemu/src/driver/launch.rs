@@ -152,10 +152,11 @@ fn launch(handle: Handle, shape: Shape, stream: Handle, given: &In<In<u8>>, extr
 
 /// What the program gets to know of a failed kernel.
 fn failure(name: &str, text: &str) -> Error {
-    let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
-    let code = if has(&["misaligned"]) {
+    const ADDRESSES: [&str; 5] =
+        ["out of bounds ", "global ", "no device allocation", "was freed", "at shared address"];
+    let code = if text.starts_with("misaligned ") {
         Code::MISALIGNED_ADDRESS
-    } else if has(&["out of bounds", "outside", "beyond", "freed"]) {
+    } else if ADDRESSES.iter().any(|words| text.contains(words)) {
         Code::ILLEGAL_ADDRESS
     } else {
         Code::LAUNCH_FAILED

@@ -10,8 +10,8 @@ use super::device::{api, check};
 use super::error::{Code, Error, Result};
 use super::options::{Options, schedule};
 use super::runtime::Runtime;
+use super::state;
 use super::stream::{self, context_of, resolve, submit_always};
-use super::{State, state};
 
 /// Who an allocation belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(super) enum Kind {
     Device,
     /// Page-locked host memory, which the driver allocated.
     Host,
-    /// Host memory of the program, which it had page-locked. Kernels do not reach it.
+    /// Host memory of the program, which it had page-locked.
     Registered,
 }
 
@@ -114,12 +114,13 @@ impl Memory {
     }
 }
 
-/// Frees a block that was taken out of the tables; waits until no kernel and no copy runs.
+/// Frees (or forgets) a block that was taken out of the tables; waits until no kernel and no copy runs.
 pub(super) fn free_now(block: Block) -> Result<()> {
+    let Some(address) = NonNull::new(block.address as *mut u8) else { return Ok(()) };
     if block.kind == Kind::Registered {
+        Runtime::load()?.unregister(address);
         return Ok(());
     }
-    let Some(address) = NonNull::new(block.address as *mut u8) else { return Ok(()) };
     // SAFETY: the tables have blocks of `Runtime::allocate` only, the registered ones excepted, each once.
     unsafe { Runtime::load()?.free(address) };
     Ok(())
@@ -354,32 +355,26 @@ unsafe extern "C" fn cuMemFreeHost(pointer: u64) -> i32 {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostGetDevicePointer_v2(device: Out<DevicePtr>, host: u64, _flags: u32) -> i32 {
-    api(|| match state().memory.find(host).map(|block| block.kind) {
-        Some(Kind::Host) => device.put(host),
-        Some(Kind::Registered) => Err(Error::new(
-            Code::NOT_SUPPORTED,
-            "kernels do not reach registered memory here: use cuMemHostAlloc",
-        )),
-        _ => Err(Error::invalid(format!("{host:#x} is no page-locked memory"))),
+    api(|| match state().memory.pinned(host, 1) {
+        Some(_) => device.put(host),
+        None => Err(Error::invalid(format!("{host:#x} is in no page-locked memory"))),
     })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostRegister_v2(pointer: u64, bytes: usize, _flags: u32) -> i32 {
     api(|| {
+        let runtime = Runtime::load()?;
         let mut state = state();
         let context = working(&state)?;
-        if pointer == 0 || bytes == 0 {
-            return Err(Error::invalid("there is nothing to register"));
-        }
-        let overlaps = |state: &State| {
-            let (_, block) = state.memory.blocks.range(..pointer + bytes as u64).next_back()?;
-            (block.address + block.bytes as u64 > pointer).then_some(())
-        };
-        if overlaps(&state).is_some() {
+        let block = NonNull::new(pointer as *mut u8).filter(|_| bytes > 0);
+        let block = block.ok_or_else(|| Error::invalid("there is nothing to register"))?;
+        let before = state.memory.blocks.range(..pointer.saturating_add(bytes as u64)).next_back();
+        if before.is_some_and(|(_, before)| before.address + before.bytes as u64 > pointer) {
             return Err(Error::plain(Code::HOST_MEMORY_ALREADY_REGISTERED));
         }
         let device = context::get(&mut state, context)?.device;
+        runtime.register(block, bytes);
         state.memory.insert(Block { address: pointer, bytes, kind: Kind::Registered, device, context });
         Ok(())
     })
@@ -387,8 +382,8 @@ unsafe extern "C" fn cuMemHostRegister_v2(pointer: u64, bytes: usize, _flags: u3
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostUnregister(pointer: u64) -> i32 {
-    api(|| match state().memory.take(pointer, |kind| kind == Kind::Registered) {
-        Some(_) => Ok(()),
-        None => Err(Error::plain(Code::HOST_MEMORY_NOT_REGISTERED)),
+    api(|| {
+        let block = state().memory.take(pointer, |kind| kind == Kind::Registered);
+        free_now(block.ok_or_else(|| Error::plain(Code::HOST_MEMORY_NOT_REGISTERED))?)
     })
 }

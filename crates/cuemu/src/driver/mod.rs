@@ -1,6 +1,6 @@
 //! The driver API on the CPU: the functions of `libcuda.so` that CUDA programs call.
 //!
-//! A stream is a queue of work that nobody does until somebody waits for it ([`stream`]), and then only the
+//! A stream is a queue of work that nobody does until somebody waits for it (stream.rs), and then only the
 //! work that was waited for and what it waits for itself. What a program forgets to wait for has not
 //! happened: it reads old data, every time.
 

@@ -61,6 +61,8 @@ pub struct Runtime {
     launch: unsafe extern "C" fn(*const Launch, *mut c_char, usize) -> c_int,
     allocate: unsafe extern "C" fn(usize, u32) -> *mut c_void,
     free: unsafe extern "C" fn(*mut c_void),
+    register: unsafe extern "C" fn(*mut c_void, usize),
+    unregister: unsafe extern "C" fn(*mut c_void),
     stats: unsafe extern "C" fn(*mut Stats),
 }
 
@@ -79,12 +81,14 @@ impl Runtime {
         };
         // SAFETY: the library was compiled from the embedded sources; loading it runs their constructors only.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.map_err(failed)?;
-        // SAFETY: cuemu.h declares the four functions with these types. They stay, since the library does.
+        // SAFETY: cuemu.h declares the functions with these types. They stay, since the library does.
         let runtime = unsafe {
             Self {
                 launch: *library.get(b"cuemu_launch\0").map_err(failed)?,
                 allocate: *library.get(b"cuemu_alloc\0").map_err(failed)?,
                 free: *library.get(b"cuemu_free\0").map_err(failed)?,
+                register: *library.get(b"cuemu_register\0").map_err(failed)?,
+                unregister: *library.get(b"cuemu_unregister\0").map_err(failed)?,
                 stats: *library.get(b"cuemu_stats\0").map_err(failed)?,
             }
         };
@@ -107,6 +111,19 @@ impl Runtime {
         let _guard = IN_USE.write().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
         unsafe { (self.free)(block.as_ptr().cast()) }
+    }
+
+    /// Lets kernels reach memory of the program.
+    pub(super) fn register(&self, block: NonNull<u8>, bytes: usize) {
+        // SAFETY: the runtime remembers the numbers; whether kernels may use the memory, the program has to know.
+        unsafe { (self.register)(block.as_ptr().cast(), bytes) }
+    }
+
+    /// Takes back [`register`](Self::register), once no kernel runs.
+    pub(super) fn unregister(&self, block: NonNull<u8>) {
+        let _guard = IN_USE.write().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: as above.
+        unsafe { (self.unregister)(block.as_ptr().cast()) }
     }
 
     /// Counters over all grids so far.

@@ -3,6 +3,8 @@
 //! Every test has contexts of its own. Those that need an environment of their own run in a process of their
 //! own (`environment`).
 
+#![allow(clippy::unwrap_used)]
+
 mod api;
 mod environment;
 mod launches;
@@ -14,8 +16,8 @@ use api::*;
 #[test]
 fn devices_describe_themselves() {
     ok(cuInit(0));
-    assert_eq!(made(|version| cuDriverGetVersion(version)), 13000);
-    assert_eq!(made(|count| cuDeviceGetCount(count)), 2);
+    assert_eq!(made(cuDriverGetVersion), 13000);
+    assert_eq!(made(cuDeviceGetCount), 2);
     fails(cuDeviceGet(&mut 0, 2), INVALID_DEVICE, "there is no device 2");
     let mut name = [0; 32];
     ok(cuDeviceGetName(name.as_mut_ptr(), 32, 1));
@@ -45,14 +47,14 @@ fn errors_have_names_and_texts() {
 #[test]
 fn contexts_are_of_a_thread() {
     let context = Context::new(0);
-    assert_eq!(made(|now| cuCtxGetCurrent(now)), context.0);
+    assert_eq!(made(cuCtxGetCurrent), context.0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            assert_eq!(made(|now| cuCtxGetCurrent(now)), 0);
+            assert_eq!(made(cuCtxGetCurrent), 0);
             fails(cuMemAlloc_v2(&mut 0, 4), INVALID_CONTEXT, "no current context");
             ok(cuCtxPushCurrent_v2(context.0));
             ok(cuMemAlloc_v2(&mut 0, 4));
-            assert_eq!(made(|popped| cuCtxPopCurrent_v2(popped)), context.0);
+            assert_eq!(made(cuCtxPopCurrent_v2), context.0);
             fails(cuCtxPopCurrent_v2(std::ptr::null_mut()), INVALID_CONTEXT, "");
         });
     });

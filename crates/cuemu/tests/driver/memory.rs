@@ -37,7 +37,7 @@ fn pageable_memory_is_read_at_once_and_pinned_memory_later() {
     let (pointer, stream) = (alloc(2), stream());
     let mut pageable = [1_u32];
     ok(cuMemcpyHtoDAsync_v2(pointer, pageable.as_ptr().cast(), 4, stream));
-    pageable[0] += 1;
+    std::hint::black_box(&mut pageable)[0] = 2;
     let pinned: *mut u32 = {
         let mut host = null_mut();
         ok(cuMemHostAlloc(&mut host, 4, 0));

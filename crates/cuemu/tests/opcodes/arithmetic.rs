@@ -114,6 +114,8 @@ fn carries() {
         (".reg .b32 t; mad.lo.cc.u32 t, %a, %b, %c; madc.hi.u32 %r, %a, %b, 0;", |x| {
             Out::R((u64::from(x.r(0)) * u64::from(x.r(1)) + u64::from(x.r(2)) >> 32) as u32)
         }),
+        // The carry of a difference says that nothing was borrowed.
+        (".reg .b64 t; sub.cc.u64 t, %la, %lb; addc.u32 %r, 0, 0;", |x| Out::R(u32::from(x.l(0) >= x.l(1)))),
         // Without .cc the carry stays as it is.
         (".reg .b32 t; add.cc.u32 t, %a, %b; addc.u32 t, -1, -1; addc.u32 %r, 0, 0;", |x| {
             Out::R(u32::from(x.r(0).checked_add(x.r(1)).is_none()))

@@ -191,3 +191,100 @@ fn warpgroup_multiply() {
         assert_eq!(d.read::<f32>(), expected);
     }
 }
+
+/// `cuemu::TensorMap` of a matrix of f32, as the driver writes it.
+fn tensor_map(base: &Buffer, rows: u64, columns: u64, box_rows: u16, box_columns: u16) -> [u64; 16] {
+    let mut map = [0; 16];
+    map[0] = 0x7061_6d72_6f73_6e74;
+    map[1] = base.address();
+    map[2..7].copy_from_slice(&[columns, rows, 1, 1, 1]);
+    map[7] = columns * 4;
+    map[11] = u64::from(box_columns) | u64::from(box_rows) << 16 | 1 << 32 | 1 << 48;
+    // The fifth box size, 4 bytes an element, rank 2, no swizzle, zeros outside.
+    map[12] = 1 | 4 << 16 | 2 << 24;
+    map
+}
+
+/// A box that reaches beyond the matrix, read and written back: what lies outside is zero, and not written.
+#[test]
+fn tensor_copies() {
+    if !can_run() {
+        return;
+    }
+    let ptx = module(
+        ".param .u64 from, .param .u64 to, .param .u64 out",
+        ".shared .align 128 .b8 m[128]; .shared .align 8 .b64 full; .reg .b64 %rd<5>; .reg .b32 %r<8>;
+         .reg .f32 %f<3>; .reg .pred %p<3>;
+         ld.param.u64 %rd0, [from]; ld.param.u64 %rd1, [to]; ld.param.u64 %rd2, [out]; mov.u32 %r0, %tid.x;
+         mov.u32 %r1, m; mov.u32 %r2, full; setp.ne.u32 %p0, %r0, 0; setmaxnreg.dec.sync.aligned.u32 40;
+         prefetch.tensormap [%rd0]; @%p0 bra READY;
+         mbarrier.init.shared.b64 [%r2], 1; fence.mbarrier_init.release.cluster;
+         mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r2], 128;
+         mov.u32 %r3, 12; mov.u32 %r4, 6;
+         cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [m], [%rd0, {%r3, %r4}], [%r2];
+         mbarrier.arrive.release.cta.shared::cta.b64 %rd3, [%r2];
+         READY: bar.sync 0;
+         AGAIN: mbarrier.test_wait.parity.shared::cta.b64 %p1, [%r2], 0; @!%p1 bra AGAIN;
+         mad.lo.u32 %r5, %r0, 4, %r1; ld.shared.f32 %f0, [%r5];
+         mul.wide.u32 %rd4, %r0, 4; add.s64 %rd4, %rd4, %rd2; st.global.f32 [%rd4], %f0;
+         add.f32 %f0, %f0, 0f3F800000; st.shared.f32 [%r5], %f0;
+         fence.proxy.async.shared::cta; bar.sync 0; @%p0 bra END;
+         cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {12, 6}], [%r1];
+         cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
+         END:",
+    );
+    let values: Vec<f32> = (0..16 * 8).map(|i| i as f32).collect();
+    for schedule in schedules() {
+        let (from, to, out) = (Buffer::from(&values), Buffer::from(&[0_f32; 128]), Buffer::new(128));
+        // Boxes of 4 rows and 8 columns, the last two rows and four columns of them inside.
+        let maps = [&from, &to].map(|buffer| Buffer::from(&tensor_map(buffer, 8, 16, 4, 8)));
+        let parameters = [maps[0].address(), maps[1].address(), out.address()];
+        launch_as(&ptx, 1, 32, 0, &parameters, schedule).unwrap();
+        let inside = |row: usize, column: usize| row < 8 && column < 16;
+        let read = (0..32).map(|i| (6 + i / 8, 12 + i % 8));
+        let expected: Vec<f32> =
+            read.map(|(r, c)| if inside(r, c) { (16 * r + c) as f32 } else { 0.0 }).collect();
+        assert_eq!(out.read::<f32>(), expected);
+        let written = |i: usize| if i / 16 >= 6 && i % 16 >= 12 { i as f32 + 1.0 } else { 0.0 };
+        assert_eq!(to.read::<f32>(), (0..128).map(written).collect::<Vec<_>>());
+    }
+}
+
+/// cp.async that arrives at an mbarrier, with a source shorter than the copy and one that is ignored.
+#[test]
+fn copies_that_arrive() {
+    if !can_run() {
+        return;
+    }
+    let ptx = module(
+        ".param .u64 in, .param .u64 out",
+        ".shared .align 128 .b8 m[1536]; .shared .align 8 .b64 full; .reg .b64 %rd<5>; .reg .b32 %r<12>; .reg .pred %p<3>;
+         ld.param.u64 %rd0, [in]; ld.param.u64 %rd1, [out]; mov.u32 %r0, %tid.x; mov.u32 %r1, m; mov.u32 %r2, full;
+         setp.ne.u32 %p0, %r0, 0; @!%p0 mbarrier.init.shared::cta.b64 [%r2], 32; bar.sync 0;
+         mul.wide.u32 %rd2, %r0, 16; add.s64 %rd2, %rd2, %rd0; mad.lo.u32 %r3, %r0, 16, %r1;
+         mov.u32 %r4, 8; setp.lt.u32 %p1, %r0, 16;
+         cp.async.cg.shared.global [%r3], [%rd2], 16, %r4;
+         cp.async.ca.shared.global [%r3+512], [%rd2], 16, %p1;
+         cp.async.ca.shared.global [%r3+1024], [%rd2+8], 8; cp.async.ca.shared.global.L2::64B [%r3+1032], [%rd2], 4;
+         cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r2];
+         W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0, 1000; @!%p2 bra W;
+         ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3]; ld.shared.b32 %r8, [%r3+524];
+         ld.shared.b32 %r9, [%r3+1028]; ld.shared.b32 %r10, [%r3+1032]; cp.async.wait_all;
+         mul.wide.u32 %rd3, %r0, 32; add.s64 %rd3, %rd3, %rd1;
+         st.global.v4.b32 [%rd3], {%r4, %r5, %r6, %r7}; st.global.v4.b32 [%rd3+16], {%r8, %r9, %r10, %r0};",
+    );
+    let values: Vec<u32> = (1..=128).collect();
+    for schedule in schedules() {
+        let (given, out) = (Buffer::from(&values), Buffer::new(1024));
+        launch_as(&ptx, 1, 32, 0, &[given.address(), out.address()], schedule).unwrap();
+        for (thread, got) in out.read::<u32>().chunks(8).enumerate() {
+            let word = |i: usize| values[4 * thread + i];
+            let ignored = if thread < 16 { 0 } else { word(3) };
+            assert_eq!(
+                got,
+                [word(0), word(1), 0, 0, ignored, word(3), word(0), thread as u32],
+                "thread {thread}"
+            );
+        }
+    }
+}

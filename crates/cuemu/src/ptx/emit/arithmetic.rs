@@ -125,10 +125,12 @@ impl<'a> Body<'a, '_> {
         Ok(())
     }
 
-    /// Sums that set the carry; `carry_in`: that read it too.
+    /// Sums that set the carry; `carry_in`: that read it too. A difference is `a + ~b + 1`, as in the machine:
+    /// its carry is 1 where nothing is borrowed. (The manual's borrow is the same for chains of differences;
+    /// code from NVIDIA's compiler reads the carry of a difference with `addc`.)
     fn carry_out(&mut self, op: &mut Op<'a, '_>, ty: Type, carry_in: bool) -> Result {
         let unsigned = ty.unsigned();
-        let function = if op.name.starts_with("sub") { "sub_borrow" } else { "add_carry" };
+        let difference = op.name.starts_with("sub");
         let (a, b) = if op.name.starts_with("mad") {
             let high = op.take_one(&["lo", "hi"])? == "hi";
             let (a, b) = (self.value(op, 1, ty)?, self.value(op, 2, ty)?);
@@ -144,8 +146,21 @@ impl<'a> Body<'a, '_> {
         } else {
             return Err("modifier `.cc` is not known to the emulator here".to_owned());
         };
-        let carry = if carry_in { "carry_" } else { "false" };
-        self.result(op, unsigned, &format!("ptx::{function}<{}>({a}, {b}, {carry}, carry_)", unsigned.cpp()))
+        let (function, carry) = match (difference, carry_in) {
+            (true, true) => ("sub_borrow", "!carry_"),
+            (true, false) => ("sub_borrow", "false"),
+            (false, true) => ("add_carry", "carry_"),
+            (false, false) => ("add_carry", "false"),
+        };
+        self.result(
+            op,
+            unsigned,
+            &format!("ptx::{function}<{}>({a}, {b}, {carry}, carry_)", unsigned.cpp()),
+        )?;
+        if difference {
+            self.push(" carry_ = !carry_;");
+        }
+        Ok(())
     }
 
     /// `mul24`, `mad24`, `sad`, `dp4a`.
