@@ -53,7 +53,8 @@ fn main() -> ExitCode {
         }
         Err(error) => return failed(&error),
     };
-    match Bench { cuda, quick }.run() {
+    let bench = Bench { cuda, quick };
+    match bench.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
     }

@@ -69,9 +69,9 @@ fn wide<T: Checked>(values: &[T]) -> Vec<f64> {
 fn assert_near(found: &[f64], wanted: &[f64], scale: impl Fn(usize) -> f64, rounding: f64, what: &str) {
     assert_eq!(found.len(), wanted.len());
     for (index, (found, wanted)) in found.iter().zip(wanted).enumerate() {
-        let error = (found - wanted).abs();
+        let error = (found - wanted).abs() / scale(index);
         // NaN is not near.
-        assert!(error <= rounding * scale(index), "{what} [{index}]: {found} instead of {wanted}");
+        assert!(error <= rounding, "{what} [{index}]: relative error {error:e}, {found} instead of {wanted}");
     }
 }
 
