@@ -4,8 +4,8 @@
 namespace cuemu {
 
 // ---- cp.async -------------------------------------------------------------------------------------
-// The destination holds the poison pattern from the issue on; the copy is made when it is waited for, or at once,
-// as the schedule says.
+// The destination holds the poison pattern from the issue on; the copy is made when it is waited for, or at
+// once, as the schedule says.
 
 namespace {
 
@@ -40,12 +40,16 @@ void run_copies(Fiber& fiber, uint64_t end) {
     if (!fiber.copies[i].done) run_copy(fiber, fiber.copies[i]);
 }
 
-void cp_async(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint32_t source_bytes, Site site) {
+void cp_async(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint32_t source_bytes,
+              Site site) {
   tsan::Ignore ignore;
   Fiber* const fiber = self();
-  if (bytes != 4 && bytes != 8 && bytes != 16) fail(site, "cp.async: a size of %u bytes (it can be 4, 8 or 16)", bytes);
-  if (source_bytes > bytes) fail(site, "cp.async: source size %u is more than the size %u", source_bytes, bytes);
-  char* const destination = window_bytes_at(launch->copy_span, shared_destination, bytes, bytes, "cp.async write", site);
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    fail(site, "cp.async: a size of %u bytes (it can be 4, 8 or 16)", bytes);
+  if (source_bytes > bytes)
+    fail(site, "cp.async: source size %u is more than the size %u", source_bytes, bytes);
+  char* const destination = window_bytes_at(launch->copy_span, shared_destination, bytes, bytes,
+                                            "cp.async write", site);
   if (global_source % bytes)
     fail(site, "misaligned cp.async read of %u bytes: address 0x%llx is not a multiple of %u", bytes,
          static_cast<unsigned long long>(global_source), bytes);
@@ -87,14 +91,16 @@ void cp_async_wait_all() {
 }
 
 void check_copies_at_exit(Fiber& fiber) {
-  const uint64_t waited = fiber.copies_waited > fiber.copies_tracked ? fiber.copies_waited : fiber.copies_tracked;
+  const uint64_t waited =
+      fiber.copies_waited > fiber.copies_tracked ? fiber.copies_waited : fiber.copies_tracked;
   if (waited >= copies_issued(fiber)) return;
-  fail(fiber.copies[waited - fiber.copies_forgotten].site, "cp.async still in flight when the thread exits: issued");
+  fail(fiber.copies[waited - fiber.copies_forgotten].site,
+       "cp.async still in flight when the thread exits: issued");
 }
 
 // ---- mbarrier -------------------------------------------------------------------------------------
-// In the 8 bytes of the object itself: phase 1 bit, expected arrivals 20, arrivals still to come 20, bytes still to
-// come 23 (signed, since they may come before they are expected).
+// In the 8 bytes of the object itself: phase 1 bit, expected arrivals 20, arrivals still to come 20, bytes
+// still to come 23 (signed, since they may come before they are expected).
 
 namespace {
 
@@ -109,13 +115,14 @@ char* place_of(uint64_t offset, Site site) {
 }
 
 Phase decode(uint64_t word) {
-  return {static_cast<uint32_t>(word & 1), static_cast<uint32_t>(word >> 1 & count_limit),
-          static_cast<int32_t>(word >> 21 & count_limit), static_cast<int32_t>(static_cast<int64_t>(word) >> 41)};
+  const uint32_t parity = word & 1, expected = word >> 1 & count_limit;
+  const int32_t pending = word >> 21 & count_limit, bytes = static_cast<int32_t>(static_cast<int64_t>(word) >> 41);
+  return {parity, expected, pending, bytes};
 }
 
 uint64_t encode(const Phase& phase) {
-  return (phase.parity & 1) | static_cast<uint64_t>(phase.expected) << 1 | static_cast<uint64_t>(phase.pending) << 21 |
-         static_cast<uint64_t>(static_cast<int64_t>(phase.bytes)) << 41;
+  const uint64_t expected = phase.expected, pending = static_cast<uint64_t>(phase.pending);
+  return (phase.parity & 1) | expected << 1 | pending << 21 | static_cast<uint64_t>(int64_t{phase.bytes}) << 41;
 }
 
 uint64_t word_at(const Block& block, uint64_t offset) {
@@ -124,7 +131,9 @@ uint64_t word_at(const Block& block, uint64_t offset) {
   return word;
 }
 
-bool is_mbarrier(const Block& block, uint64_t offset) { return block.mbarriers[offset / 512] >> (offset / 8 % 64) & 1; }
+bool is_mbarrier(const Block& block, uint64_t offset) {
+  return block.mbarriers[offset / 512] >> (offset / 8 % 64) & 1;
+}
 
 // The phase of an mbarrier that this thread names.
 Phase phase_at(uint64_t offset, Site site) {
@@ -135,7 +144,8 @@ Phase phase_at(uint64_t offset, Site site) {
 // Stores a changed phase, and begins the next one if it is complete. Null, or what is wrong.
 const char* change(Block& block, uint32_t offset, Phase phase) {
   if (phase.pending < 0) return "mbarrier: more arrivals than the count that it was initialised with";
-  if (static_cast<uint32_t>(phase.pending) > count_limit) return "mbarrier: more than 2^20 - 1 arrivals are pending";
+  if (static_cast<uint32_t>(phase.pending) > count_limit)
+    return "mbarrier: more than 2^20 - 1 arrivals are pending";
   if (phase.bytes > int32_t(count_limit) || phase.bytes < -int32_t(count_limit))
     return "mbarrier: the number of bytes to come leaves the range of 2^20 - 1";
   const bool complete = phase.pending == 0 && phase.bytes == 0;
@@ -160,7 +170,9 @@ const char* change(Block& block, uint32_t offset, Phase phase) {
 
 void change_or_fail(uint64_t offset, const Phase& phase, Site site) {
   const char* const wrong = change(*current->block, static_cast<uint32_t>(offset), phase);
-  if (wrong) fail(site, "%s (mbarrier at shared address 0x%x, count %u)", wrong, static_cast<uint32_t>(offset), phase.expected);
+  if (wrong)
+    fail(site, "%s (mbarrier at shared address 0x%x, count %u)", wrong, static_cast<uint32_t>(offset),
+         phase.expected);
 }
 
 bool phase_is_over(uint64_t offset, uint32_t parity, Site site) {
@@ -180,14 +192,17 @@ void require_mbarrier(uint64_t offset, Site site) {
 
 void mbarrier_complete(Block& block, uint32_t offset, uint32_t arrivals, uint32_t bytes, Site site) {
   if (!is_mbarrier(block, offset)) {
-    fail_later(site, "mbarrier at shared address 0x%x is gone when an asynchronous copy completes: issued", offset);
+    fail_later(site, "mbarrier at shared address 0x%x is gone when an asynchronous copy completes: issued",
+               offset);
     return;
   }
   Phase phase = decode(word_at(block, offset));
   phase.pending -= static_cast<int32_t>(arrivals);
   phase.bytes -= static_cast<int32_t>(bytes);
   const char* const wrong = change(block, offset, phase);
-  if (wrong) fail_later(site, "%s (mbarrier at shared address 0x%x), when the copy completes that was issued", wrong, offset);
+  if (wrong)
+    fail_later(site, "%s (mbarrier at shared address 0x%x), when the copy completes that was issued", wrong,
+               offset);
 }
 
 void mbarrier_init(uint64_t barrier, uint32_t count, Site site) {

@@ -37,7 +37,8 @@ void require_whole_warps(const Block& block, const Barrier& barrier, uint32_t id
   for (uint32_t i = 0; i < block.warp_count; i++) {
     const Warp& warp = block.warps[i];
     if (barrier.lanes[i] && barrier.lanes[i] != warp.existing)
-      fail(site, "divergent barrier: of warp %u only the lanes %08x have come to barrier %u", i, barrier.lanes[i], id);
+      fail(site, "divergent barrier: of warp %u only the lanes %08x have come to barrier %u", i,
+           barrier.lanes[i], id);
   }
 }
 
@@ -50,7 +51,8 @@ int32_t arrive(uint32_t id, uint32_t count, bool waits, int32_t value, Site site
   const bool everybody = count == all_threads || count == whole_block;
   const uint32_t needed = everybody ? block.threads : count;
   if (count % warp_lanes) fail(site, "barrier %u: the count %u is not a multiple of 32", id, count);
-  if (count > whole_block) fail(site, "barrier %u: a count of %u in a block of %u threads", id, count, block.threads);
+  if (count > whole_block)
+    fail(site, "barrier %u: a count of %u in a block of %u threads", id, count, block.threads);
 
   Barrier& barrier = block.barriers[id];
   if (barrier.arrived == 0) {
@@ -64,13 +66,15 @@ int32_t arrive(uint32_t id, uint32_t count, bool waits, int32_t value, Site site
   }
   uint32_t& lanes = barrier.lanes[fiber->linear / warp_lanes];
   if (lanes >> fiber->lane & 1)
-    fail(site, "barrier %u: this thread comes a second time before the barrier is complete (%u of %u threads)", id,
+    fail(site,
+         "barrier %u: this thread comes a second time before the barrier is complete (%u of %u threads)", id,
          barrier.arrived, needed);
   lanes |= 1u << fiber->lane;
   barrier.arrived++;
   // To a count, the block's last warp is a whole one even if the block has not that many threads.
   const Warp& warp = *fiber->warp;
-  if (!everybody && lanes == warp.existing) barrier.arrived += warp_lanes - static_cast<uint32_t>(__builtin_popcount(warp.existing));
+  if (!everybody && lanes == warp.existing)
+    barrier.arrived += warp_lanes - static_cast<uint32_t>(__builtin_popcount(warp.existing));
   barrier.tally += value;
 
   void* const token = barrier_token(block, barrier);

@@ -57,7 +57,10 @@ void cuemu_register(void* block, size_t bytes);
 void cuemu_unregister(void* block);
 
 // Counters over all grids so far, for tests that want to know that an instruction was really executed.
-struct CuemuStats { uint64_t switches, blocks, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma, shared_conflicts; };
+// Conflicts: cycles that ldmatrix (stmatrix, in `shared_conflicts`) takes beyond one for each 8x8 matrix.
+struct CuemuStats {
+  uint64_t switches, blocks, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async, tma, shared_conflicts;
+};
 void cuemu_stats(CuemuStats* out);
 
 }  // extern "C"
@@ -109,21 +112,24 @@ void* shared_slow(Span& span, uint64_t offset, uint32_t bytes, bool write, Site 
 void* generic_slow(Span& span, uint64_t address, uint32_t bytes, bool write, Site site);
 // Checks an access of `bytes` (alignment: the same number) to device memory and returns its address.
 CUEMU_CHECK void* global(Span& span, uint64_t address, uint32_t bytes, bool write, Site site) {
-  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch && address % bytes == 0)
+  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch &&
+      address % bytes == 0)
     return reinterpret_cast<void*>(address);
   return global_slow(span, address, bytes, write, site);
 }
 // The same for an address of the shared window (an offset).
 CUEMU_CHECK void* shared(Span& span, uint64_t offset, uint32_t bytes, bool write, Site site) {
   const Thread* const thread = current;
-  if (offset < span.begin || offset + (bytes - 1) >= span.end || span.epoch != thread->shared_epoch || offset % bytes != 0)
+  if (offset < span.begin || offset + (bytes - 1) >= span.end || span.epoch != thread->shared_epoch ||
+      offset % bytes != 0)
     return shared_slow(span, offset, bytes, write, site);
   if (write) thread->shared_writes[offset / 16] = thread->write_mark;
   return thread->shared_base + offset;
 }
 // The same for a generic address: device memory, this block's shared memory, or a thread's own stack.
 CUEMU_CHECK void* generic(Span& span, uint64_t address, uint32_t bytes, bool write, Site site) {
-  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch && address % bytes == 0)
+  if (address >= span.begin && address + (bytes - 1) < span.end && span.epoch == global_epoch &&
+      address % bytes == 0)
     return reinterpret_cast<void*>(address);
   return generic_slow(span, address, bytes, write, site);
 }
@@ -142,7 +148,8 @@ void bar_sync(uint32_t id, uint32_t threads, Site site);
 void bar_arrive(uint32_t id, uint32_t threads, Site site);
 uint32_t bar_reduce(uint32_t id, uint32_t threads, Vote vote, bool predicate, Site site);
 void fence();                      // membar, fence.{sc,acq_rel}
-void fence_async_proxy(Site site); // fence.proxy.async: this thread's shared writes become visible to TMA and wgmma
+// fence.proxy.async: this thread's shared writes become visible to TMA and wgmma.
+void fence_async_proxy(Site site);
 void yield();                      // nanosleep
 
 // Warp operations: every lane of `mask` must come to the same site.
@@ -150,7 +157,8 @@ enum class Shuffle : uint32_t { up = 0, down = 1, bfly = 2, idx = 3 };
 struct Shuffled { uint32_t value; bool in_range; };
 enum class Reduce : uint32_t { add, umin, umax, smin, smax, and_, or_, xor_ };
 void warp_sync(uint32_t mask, Site site);
-Shuffled shuffle(uint32_t mask, uint32_t value, Shuffle mode, uint32_t b, uint32_t c, Site site);  // b, c: operands of shfl.sync
+// b, c: operands of shfl.sync
+Shuffled shuffle(uint32_t mask, uint32_t value, Shuffle mode, uint32_t b, uint32_t c, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
 uint32_t match_any(uint32_t mask, uint64_t value, uint32_t value_bits, Site site);
 uint32_t warp_reduce(uint32_t mask, uint32_t value, Reduce op, Site site);
@@ -165,7 +173,8 @@ void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const f
 void mma_m16n8k8_tf32(float* const* d, const uint32_t* a, const uint32_t* b, const float* c, Site site);
 
 // cp.async: `shared_destination` an address of the shared window, `global_source` an address of device memory.
-void cp_async(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint32_t source_bytes, Site site);
+void cp_async(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint32_t source_bytes,
+              Site site);
 void cp_async_commit();
 void cp_async_wait(uint32_t groups_left);
 void cp_async_wait_all();
@@ -190,9 +199,11 @@ struct TensorMap {
   uint8_t element_bytes, rank, swizzle /* 0 none, 1 32B, 2 64B, 3 128B */, nan_fill;
 };
 static_assert(sizeof(TensorMap) <= 128, "fits a CUtensorMap");
-void tma_load(uint64_t shared_destination, uint64_t map, uint64_t barrier, uint32_t rank, const int32_t* coordinates, Site site);
+void tma_load(uint64_t shared_destination, uint64_t map, uint64_t barrier, uint32_t rank,
+              const int32_t* coordinates, Site site);
 void tma_store(uint64_t map, uint64_t shared_source, uint32_t rank, const int32_t* coordinates, Site site);
-void bulk_load(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint64_t barrier, Site site);
+void bulk_load(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint64_t barrier,
+               Site site);
 void bulk_store(uint64_t global_destination, uint64_t shared_source, uint32_t bytes, Site site);
 void bulk_commit();
 void bulk_wait(uint32_t groups_left, bool read_only, Site site);

@@ -76,7 +76,8 @@ Fiber* pick_with_engine() {
 // The thread to run next; null where there is none, or the grid has failed.
 inline Fiber* pick() {
   Launch& grid = *launch;
-  const bool plain = grid.ring_count && !grid.failed && (grid.schedule.async_mode == CUEMU_LAZY || grid.engine.empty());
+  const bool engine_waits = grid.schedule.async_mode == CUEMU_LAZY || grid.engine.empty();
+  const bool plain = grid.ring_count && !grid.failed && engine_waits;
   if (!plain) return pick_with_engine();
   if (grid.schedule.policy != CUEMU_FIFO) return pop_ready();
   Fiber* const fiber = grid.ring[grid.ring_first];
@@ -123,7 +124,8 @@ void record_failure(const Thread* thread, Site site, const char* format, va_list
   char* const text = launch->error;
   const size_t room = sizeof launch->error;
   size_t length = static_cast<size_t>(vsnprintf(text, room, format, arguments));
-  if (length < room && site.line) length += snprintf(text + length, room - length, " at %s:%d", file_name(site), site.line);
+  if (length < room && site.line)
+    length += snprintf(text + length, room - length, " at %s:%d", file_name(site), site.line);
   if (length >= room || !thread) return;
   const Dim3 block = thread->ctaid, index = thread->tid;
   snprintf(text + length, room - length, " [block (%u,%u,%u) thread (%u,%u,%u)]", block.x, block.y, block.z,
@@ -133,7 +135,9 @@ void record_failure(const Thread* thread, Site site, const char* format, va_list
 std::string describe_wait(const Fiber& fiber) {
   char text[320];
   size_t length = snprintf(text, sizeof text, "%s", fiber.waits_for);
-  if (fiber.waits_at.line) length += snprintf(text + length, sizeof text - length, " %s:%d", file_name(fiber.waits_at), fiber.waits_at.line);
+  if (fiber.waits_at.line)
+    length += snprintf(text + length, sizeof text - length, " %s:%d", file_name(fiber.waits_at),
+                       fiber.waits_at.line);
   if (fiber.waits_on_mbarrier != no_barrier) {
     uint64_t word;
     copy_bytes(&word, fiber.block->window + fiber.waits_on_mbarrier, sizeof word);

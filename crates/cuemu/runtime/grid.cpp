@@ -242,7 +242,8 @@ Block::Block()
   warps = std::make_unique<Warp[]>(warp_count);
   writes = std::make_unique<uint32_t[]>(window_bytes / 16);
   mbarriers = std::make_unique<uint64_t[]>(window_bytes / 8 / 64);
-  for (uint32_t first = 0; first < threads; first += warpgroup_threads) warpgroups.emplace_back(new_warpgroup());
+  for (uint32_t first = 0; first < threads; first += warpgroup_threads)
+    warpgroups.emplace_back(new_warpgroup());
 }
 
 Block::~Block() {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #if !defined(__x86_64__) || !defined(__linux__)
-#error "cuemu runs CUDA threads as fibers on x86-64 Linux only: port the stack switch in fibers.cpp to build it here"
+#error "cuemu runs CUDA threads as fibers on x86-64 Linux only: port the stack switch in fibers.cpp"
 #endif
 
 namespace cuemu {
@@ -202,7 +202,9 @@ inline bool same_site(Site a, Site b) {
 
 // fibers.cpp
 uint64_t random_bits();
-inline uint32_t random_below(uint32_t bound) { return static_cast<uint32_t>((random_bits() & 0xffffffff) * bound >> 32); }
+inline uint32_t random_below(uint32_t bound) {
+  return static_cast<uint32_t>((random_bits() & 0xffffffff) * bound >> 32);
+}
 void wait_here(const char* what, Site site);  // returns when somebody has made the thread ready
 void spin_here(const char* what, Site site);  // lets everybody else run
 void prepare_stack(Fiber& fiber);             // so that it begins with the kernel
@@ -216,7 +218,8 @@ const char* file_name(Site site);             // without folders
 void lay_out_window(Block& block);
 // Window address -> memory; fails unless the bytes lie in one variable. `what`: as in "ldmatrix read".
 char* window_bytes_at(Span& span, uint64_t offset, uint32_t bytes, uint32_t align, const char* what, Site site);
-char* device_bytes_at(Span& span, uint64_t address, uint64_t bytes, uint32_t align, const char* what, Site site);
+char* device_bytes_at(Span& span, uint64_t address, uint64_t bytes, uint32_t align, const char* what,
+                      Site site);
 void mark_written(const Thread& thread, uint32_t offset, uint32_t bytes);
 void mark_clean(const Thread& thread, uint32_t offset, uint32_t bytes);
 void require_proxy_fence(const Block& block, uint32_t offset, uint32_t bytes, const char* what, Site site);
@@ -240,7 +243,8 @@ void check_wgmma_at_exit(Fiber& fiber);
 
 // warp.cpp
 void check_collectives_at_exit(Fiber& fiber);
-void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp&, const Collective&), Site site);
+void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp&, const Collective&),
+                Site site);
 
 // barriers.cpp
 void check_barriers_at_exit(Fiber& fiber);

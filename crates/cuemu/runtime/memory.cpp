@@ -79,14 +79,16 @@ unsigned long long hex(uint64_t address) { return address; }
   const uint64_t past = has_previous ? address - previous.end : ~uint64_t(0);
   const uint64_t before = has_next ? following.begin - address : ~uint64_t(0);
   if (past < near && past <= before)
-    fail(site, "out of bounds %s of %llu bytes at 0x%llx: %llu bytes past the end of an allocation of %llu bytes",
+    fail(site,
+         "out of bounds %s of %llu bytes at 0x%llx: %llu bytes past the end of an allocation of %llu bytes",
          what, count, at, hex(past), previous_bytes);
   if (before < near)
     fail(site, "out of bounds %s of %llu bytes at 0x%llx: %llu bytes before the beginning of an allocation of "
          "%llu bytes", what, count, at, hex(before), following_bytes);
   if (address < 4096) fail(site, "%s of %llu bytes at 0x%llx: a null pointer", what, count, at);
   if (address < window_bytes)
-    fail(site, "%s of %llu bytes at 0x%llx: no device allocation (an address of shared memory?)", what, count, at);
+    fail(site, "%s of %llu bytes at 0x%llx: no device allocation (an address of shared memory?)", what,
+         count, at);
   fail(site, "%s of %llu bytes at 0x%llx: no device allocation (host pointer?)", what, count, at);
 }
 
@@ -98,19 +100,22 @@ unsigned long long hex(uint64_t address) { return address; }
     if (variable.begin > offset && (!following || variable.begin < following->begin)) following = &variable;
   }
   if (previous && offset < previous->end)
-    fail(site, "out of bounds %s of %u bytes at shared address 0x%llx: ends %llu bytes past the end of `%s` (%u bytes)",
+    fail(site,
+         "out of bounds %s of %u bytes at shared address 0x%llx: ends %llu bytes past the end of `%s` (%u bytes)",
          what, bytes, hex(offset), hex(offset + bytes - previous->end), previous->name, previous->end - previous->begin);
   if (offset >= window_bytes)
     fail(site, "%s of %u bytes at shared address 0x%llx: far outside shared memory", what, bytes, hex(offset));
   const uint64_t past = previous ? offset - previous->end : ~uint64_t(0);
   const uint64_t before = following ? following->begin - offset : ~uint64_t(0);
   if (previous && past <= before)
-    fail(site, "out of bounds %s of %u bytes at shared address 0x%llx: %llu bytes past the end of `%s` (%u bytes)",
+    fail(site,
+         "out of bounds %s of %u bytes at shared address 0x%llx: %llu bytes past the end of `%s` (%u bytes)",
          what, bytes, hex(offset), hex(past), previous->name, previous->end - previous->begin);
   if (following)
     fail(site, "out of bounds %s of %u bytes at shared address 0x%llx: %llu bytes before `%s` (%u bytes)", what,
          bytes, hex(offset), hex(before), following->name, following->end - following->begin);
-  fail(site, "%s of %u bytes at shared address 0x%llx: the kernel has no shared variables", what, bytes, hex(offset));
+  fail(site, "%s of %u bytes at shared address 0x%llx: the kernel has no shared variables", what, bytes,
+       hex(offset));
 }
 
 // Into `span`: the variable that holds the bytes.
@@ -170,14 +175,17 @@ void lay_out_window(Block& block) {
     asan::unpoison(block.window + variable.begin, variable.end - variable.begin);
 }
 
-char* window_bytes_at(Span& span, uint64_t offset, uint32_t bytes, uint32_t align, const char* what, Site site) {
+char* window_bytes_at(Span& span, uint64_t offset, uint32_t bytes, uint32_t align, const char* what,
+                      Site site) {
   require_alignment(offset, align, bytes, what, site);
-  if (span.epoch != launch->shared_epoch || offset < span.begin || offset >= span.end || bytes > span.end - offset)
+  if (span.epoch != launch->shared_epoch || offset < span.begin || offset >= span.end ||
+      bytes > span.end - offset)
     find_variable(span, offset, bytes, what, site);
   return current->shared_base + offset;
 }
 
-char* device_bytes_at(Span& span, uint64_t address, uint64_t bytes, uint32_t align, const char* what, Site site) {
+char* device_bytes_at(Span& span, uint64_t address, uint64_t bytes, uint32_t align, const char* what,
+                      Site site) {
   require_alignment(address, align, bytes, what, site);
   if (span.epoch != global_epoch || address < span.begin || address >= span.end || bytes > span.end - address)
     if (!find_allocation(span, address, bytes)) fail_at_device_address(address, bytes, what, site);
@@ -191,7 +199,8 @@ void* global_slow(Span& span, uint64_t address, uint32_t bytes, bool write, Site
 
 void* shared_slow(Span& span, uint64_t offset, uint32_t bytes, bool write, Site site) {
   tsan::Ignore ignore;
-  char* const memory = window_bytes_at(span, offset, bytes, bytes, write ? "shared write" : "shared read", site);
+  char* const memory = window_bytes_at(span, offset, bytes, bytes, write ? "shared write" : "shared read",
+                                       site);
   if (write) current->shared_writes[offset / 16] = current->write_mark;
   return memory;
 }
@@ -208,7 +217,8 @@ void* generic_slow(Span& span, uint64_t address, uint32_t bytes, bool write, Sit
   for (const auto& block : launch->live) {
     const uint64_t offset = address - reinterpret_cast<uint64_t>(block->window);
     if (offset >= window_bytes) continue;
-    if (block.get() != fiber.block) fail(site, "%s at 0x%llx: shared memory of another block", what, hex(address));
+    if (block.get() != fiber.block)
+      fail(site, "%s at 0x%llx: shared memory of another block", what, hex(address));
     Span variable;  // `span` is for addresses, this one for offsets
     char* const memory = window_bytes_at(variable, offset, bytes, bytes, what, site);
     if (write) fiber.shared_writes[offset / 16] = fiber.write_mark;
@@ -243,7 +253,8 @@ uint32_t dynamic_shared(size_t align) {
 uint32_t to_shared(uint64_t generic_address, Site site) {
   const uint64_t offset = generic_address - reinterpret_cast<uint64_t>(current->shared_base);
   if (offset >= window_bytes)
-    fail(site, "cvta.to.shared: address 0x%llx is not in the shared memory of this block", hex(generic_address));
+    fail(site, "cvta.to.shared: address 0x%llx is not in the shared memory of this block",
+         hex(generic_address));
   return static_cast<uint32_t>(offset);
 }
 
@@ -253,15 +264,15 @@ uint64_t from_shared(uint64_t offset, Site site) {
 }
 
 // ---- proxies --------------------------------------------------------------------------------------
-// `Thread::shared_writes` says for each 16 bytes of the window which thread wrote them last through the generic
-// proxy (ordinary stores, stmatrix, cp.async), and how many times it had executed fence.proxy.async by then: its
-// `write_mark`. TMA stores, bulk stores and wgmma descriptors read through the async proxy, and a mark that is
-// still the thread's current one means that it has had no fence since.
+// `Thread::shared_writes` says for each 16 bytes of the window which thread wrote them last through the
+// generic proxy (ordinary stores, stmatrix, cp.async), and how many times it had executed fence.proxy.async
+// by then: its `write_mark`. TMA stores, bulk stores and wgmma descriptors read through the async proxy, and
+// a mark that is still the thread's current one means that it has had no fence since.
 //
-// Not detected: a fence that the reading thread executes in place of the writing one (the memory model may allow
-// it: it is reported all the same); a write to the same 16 bytes by another thread that did fence later; writes
-// to global memory that a TMA load reads in the same kernel; mbarrier.init without a fence; wgmma without
-// wgmma.fence after its registers were written, which cannot be seen at this level.
+// Not detected: a fence that the reading thread executes in place of the writing one (the memory model may
+// allow it: it is reported all the same); a write to the same 16 bytes by another thread that did fence
+// later; writes to global memory that a TMA load reads in the same kernel; mbarrier.init without a fence;
+// wgmma without wgmma.fence after its registers were written, which cannot be seen at this level.
 
 void mark_written(const Thread& thread, uint32_t offset, uint32_t bytes) {
   for (uint32_t granule = offset / 16; granule <= (offset + bytes - 1) / 16; granule++)
@@ -279,7 +290,8 @@ void require_proxy_fence(const Block& block, uint32_t offset, uint32_t bytes, co
     if (!mark) continue;
     const Fiber& writer = block.fibers[(mark >> 20) - 1];
     if (writer.write_mark == mark)
-      fail(site, "%s reads shared address 0x%x through the async proxy: thread (%u,%u,%u) wrote it and has executed "
+      fail(site,
+           "%s reads shared address 0x%x through the async proxy: thread (%u,%u,%u) wrote it and has executed "
            "no fence.proxy.async since", what, granule * 16, writer.tid.x, writer.tid.y, writer.tid.z);
   }
 }

@@ -88,7 +88,9 @@ inline float ex2(float a) { return std::exp2(a); }
 inline float lg2(float a) { return std::log2(a); }
 
 // .ftz: subnormal inputs and results become zero of the same sign.
-inline float flush(float a) { return std::fabs(a) < std::numeric_limits<float>::min() ? std::copysign(0.f, a) : a; }
+inline float flush(float a) {
+  return std::fabs(a) < std::numeric_limits<float>::min() ? std::copysign(0.f, a) : a;
+}
 // .sat: to [0, 1]; a NaN becomes 0.
 template <class F> inline F saturate(F a) { return a > 0 ? (a < 1 ? a : F(1)) : F(0); }
 
@@ -227,7 +229,8 @@ template <class H> inline uint16_t half_max(uint16_t a, uint16_t b) {
 inline uint16_t half_neg(uint16_t a) { return a ^ 0x8000; }
 inline uint16_t half_abs(uint16_t a) { return a & 0x7fff; }
 // The same operation on both halves of a register (`add.bf16x2`): `each(half_add<Bf16>, a, b)`.
-template <class Operation, class... Registers> inline uint32_t each(Operation operation, Registers... registers) {
+template <class Operation, class... Registers>
+inline uint32_t each(Operation operation, Registers... registers) {
   const uint16_t low = operation(static_cast<uint16_t>(registers)...);
   return pack(low, operation(static_cast<uint16_t>(registers >> 16)...));
 }
@@ -367,7 +370,8 @@ template <class T, class Change> inline T atomic_update(T* place, Change change,
   U seen = __atomic_load_n(word, __ATOMIC_RELAXED);
   for (;;) {
     const U wanted = bit_cast<U>(static_cast<T>(change(bit_cast<T>(seen))));
-    if (__atomic_compare_exchange_n(word, &seen, wanted, false, order, __ATOMIC_RELAXED)) return bit_cast<T>(seen);
+    if (__atomic_compare_exchange_n(word, &seen, wanted, false, order, __ATOMIC_RELAXED))
+      return bit_cast<T>(seen);
   }
 }
 template <class T> inline T atomic_add(T* place, T value, int order = __ATOMIC_RELAXED) {
@@ -408,16 +412,19 @@ template <class T> inline T atomic_dec(T* place, T limit, int order = __ATOMIC_R
 }
 // atom.add.noftz.bf16x2 and friends: `Operation` on both halves, each atomic (here: both at once).
 template <class Operation>
-inline uint32_t atomic_each(uint32_t* place, uint32_t value, Operation operation, int order = __ATOMIC_RELAXED) {
+inline uint32_t atomic_each(uint32_t* place, uint32_t value, Operation operation,
+                            int order = __ATOMIC_RELAXED) {
   return atomic_update(place, [value, operation](uint32_t old) { return each(operation, old, value); }, order);
 }
 // ld and st with .volatile, .relaxed, .acquire, .release.
 template <class T> inline T atomic_load(const T* place, int order = __ATOMIC_RELAXED) {
-  using U = std::conditional_t<sizeof(T) == 1, uint8_t, typename UnsignedOf<sizeof(T) == 1 ? 2 : sizeof(T)>::type>;
+  using U =
+      std::conditional_t<sizeof(T) == 1, uint8_t, typename UnsignedOf<sizeof(T) == 1 ? 2 : sizeof(T)>::type>;
   return bit_cast<T>(__atomic_load_n(reinterpret_cast<const U*>(place), order));
 }
 template <class T> inline void atomic_store(T* place, T value, int order = __ATOMIC_RELAXED) {
-  using U = std::conditional_t<sizeof(T) == 1, uint8_t, typename UnsignedOf<sizeof(T) == 1 ? 2 : sizeof(T)>::type>;
+  using U =
+      std::conditional_t<sizeof(T) == 1, uint8_t, typename UnsignedOf<sizeof(T) == 1 ? 2 : sizeof(T)>::type>;
   __atomic_store_n(reinterpret_cast<U*>(place), bit_cast<U>(value), order);
 }
 

@@ -120,7 +120,8 @@ void fetch_accumulators(const Warp& warp, uint32_t lane, float* const* d) {
   *d[3] = warp.c[row + 8][column + 1];
 }
 
-template <float (*widen)(uint16_t)> void bring_halves(Warp& warp, uint32_t lane, const uint32_t* a, const uint32_t* b) {
+template <float (*widen)(uint16_t)>
+void bring_halves(Warp& warp, uint32_t lane, const uint32_t* a, const uint32_t* b) {
   const uint32_t row = lane / 4, inner = lane % 4 * 2;
   const auto low = [](uint32_t word) { return widen(static_cast<uint16_t>(word)); };
   const auto high = [](uint32_t word) { return widen(static_cast<uint16_t>(word >> 16)); };
@@ -141,18 +142,22 @@ void ldmatrix(uint32_t* const* registers, uint32_t count, bool transposed, uint6
   tsan::Ignore ignore;
   bring_row(count, row, false, site);
   MatrixCount brought{count};
-  collective("ldmatrix", full_warp, &brought, transposed ? finish_ldmatrix<true> : finish_ldmatrix<false>, site);
+  collective("ldmatrix", full_warp, &brought, transposed ? finish_ldmatrix<true> : finish_ldmatrix<false>,
+             site);
   const Fiber& fiber = *self();
-  for (uint32_t matrix = 0; matrix < count; matrix++) *registers[matrix] = fiber.warp->fragment[matrix][fiber.lane];
+  for (uint32_t matrix = 0; matrix < count; matrix++)
+    *registers[matrix] = fiber.warp->fragment[matrix][fiber.lane];
 }
 
 void stmatrix(const uint32_t* registers, uint32_t count, bool transposed, uint64_t row, Site site) {
   tsan::Ignore ignore;
   bring_row(count, row, true, site);
   const Fiber& fiber = *self();
-  for (uint32_t matrix = 0; matrix < count; matrix++) fiber.warp->fragment[matrix][fiber.lane] = registers[matrix];
+  for (uint32_t matrix = 0; matrix < count; matrix++)
+    fiber.warp->fragment[matrix][fiber.lane] = registers[matrix];
   MatrixCount brought{count};
-  collective("stmatrix", full_warp, &brought, transposed ? finish_stmatrix<true> : finish_stmatrix<false>, site);
+  collective("stmatrix", full_warp, &brought, transposed ? finish_stmatrix<true> : finish_stmatrix<false>,
+             site);
 }
 
 void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const float* c, Half type, Site site) {

@@ -1,5 +1,5 @@
-// Copies through tensor maps (TMA) and bulk copies: issued here, executed by the engine when the schedule says so.
-// Everything that can be wrong with one is found when it is issued, on the thread that issues it.
+// Copies through tensor maps (TMA) and bulk copies: issued here, executed by the engine when the schedule
+// says so. Everything that can be wrong with one is found when it is issued, on the thread that issues it.
 #include "internal.h"
 
 namespace cuemu {
@@ -49,11 +49,13 @@ template <class Visit> void for_each_line(const TensorMap& map, const int32_t* c
 TensorMap map_at(uint64_t address, uint32_t rank, Site site) {
   TensorMap map;
   if (address < 4096 || address % 64)
-    fail(site, "the tensor map at 0x%llx: not an address of one (a multiple of 64)", static_cast<unsigned long long>(address));
+    fail(site, "the tensor map at 0x%llx: not an address of one (a multiple of 64)",
+         static_cast<unsigned long long>(address));
   copy_bytes(&map, reinterpret_cast<const void*>(address), sizeof map);
   if (map.magic != TensorMap::tag) fail(site, "what is said to be a tensor map is none");
   if (map.rank != rank) fail(site, "a TMA copy of rank %u through a tensor map of rank %u", rank, map.rank);
-  if (rank < 1 || rank > 5 || map.swizzle > 3) fail(site, "a tensor map of rank %u, swizzle %u", rank, map.swizzle);
+  if (rank < 1 || rank > 5 || map.swizzle > 3)
+    fail(site, "a tensor map of rank %u, swizzle %u", rank, map.swizzle);
   const uint32_t line_bytes = map.box[0] * map.element_bytes;
   if (line_bytes == 0 || line_bytes % chunk_bytes)
     fail(site, "a TMA box with lines of %u bytes (not a multiple of 16)", line_bytes);
@@ -63,7 +65,8 @@ TensorMap map_at(uint64_t address, uint32_t rank, Site site) {
 }
 
 // What load and store have in common. `what`: for error texts.
-Operation tensor_operation(uint64_t map, uint64_t shared, uint32_t rank, const int32_t* coordinates, const char* what,
+Operation tensor_operation(uint64_t map, uint64_t shared, uint32_t rank, const int32_t* coordinates,
+                           const char* what,
                            Site site) {
   Operation operation{};
   operation.issuer = self();
@@ -142,13 +145,16 @@ void issue_store(Operation operation, const char* what) {
 void move_line_in(const Operation& operation, char* window, const Line& line) {
   const TensorMap& map = operation.map;
   const uint32_t line_bytes = map.box[0] * map.element_bytes;
-  if (line.begin < line.end) tsan::read(reinterpret_cast<const char*>(line.global + line.begin), line.end - line.begin);
+  if (line.begin < line.end)
+    tsan::read(reinterpret_cast<const char*>(line.global + line.begin), line.end - line.begin);
   for (uint32_t at = 0; at < line_bytes; at += chunk_bytes) {
     char* const target = window + swizzled(operation.shared + line.number * line_bytes + at, map.swizzle);
     const uint32_t begin = line.begin > at ? line.begin : at;
     const uint32_t end = line.end < at + chunk_bytes ? line.end : at + chunk_bytes;
-    if (begin != at || end != at + chunk_bytes) fill_pattern(target, chunk_bytes, map.nan_fill ? 0x7fff7fff : 0);
-    if (begin < end) copy_bytes(target + (begin - at), reinterpret_cast<const char*>(line.global + begin), end - begin);
+    if (begin != at || end != at + chunk_bytes)
+      fill_pattern(target, chunk_bytes, map.nan_fill ? 0x7fff7fff : 0);
+    if (begin < end)
+      copy_bytes(target + (begin - at), reinterpret_cast<const char*>(line.global + begin), end - begin);
   }
 }
 
@@ -159,9 +165,11 @@ void move_line_out(const Operation& operation, const char* window, const Line& l
     const char* const source = window + swizzled(operation.shared + line.number * line_bytes + at, map.swizzle);
     const uint32_t begin = line.begin > at ? line.begin : at;
     const uint32_t end = line.end < at + chunk_bytes ? line.end : at + chunk_bytes;
-    if (begin < end) copy_bytes(reinterpret_cast<char*>(line.global + begin), source + (begin - at), end - begin);
+    if (begin < end)
+      copy_bytes(reinterpret_cast<char*>(line.global + begin), source + (begin - at), end - begin);
   }
-  if (line.begin < line.end) tsan::wrote(reinterpret_cast<const char*>(line.global + line.begin), line.end - line.begin);
+  if (line.begin < line.end)
+    tsan::wrote(reinterpret_cast<const char*>(line.global + line.begin), line.end - line.begin);
 }
 
 void execute(const Operation& operation) {
@@ -207,7 +215,8 @@ void execute(const Operation& operation) {
 bool run_engine() {
   auto& queue = launch->engine;
   if (queue.empty() || launch->failed) return false;
-  const size_t place = launch->schedule.policy == CUEMU_FIFO ? 0 : random_below(static_cast<uint32_t>(queue.size()));
+  const size_t place =
+      launch->schedule.policy == CUEMU_FIFO ? 0 : random_below(static_cast<uint32_t>(queue.size()));
   const Operation operation = queue[place];
   queue.erase(queue.begin() + static_cast<ptrdiff_t>(place));
   launch->idle_rounds = 0;
@@ -217,8 +226,12 @@ bool run_engine() {
   issuer.block->operations--;
   switch (operation.kind) {
     case Operation::tensor_load:
-    case Operation::bulk_load: mbarrier_complete(*issuer.block, operation.barrier, 0, operation.bytes, operation.site); break;
-    case Operation::arrive_after_copies: mbarrier_complete(*issuer.block, operation.barrier, 1, 0, operation.site); break;
+    case Operation::bulk_load:
+      mbarrier_complete(*issuer.block, operation.barrier, 0, operation.bytes, operation.site);
+      break;
+    case Operation::arrive_after_copies:
+      mbarrier_complete(*issuer.block, operation.barrier, 1, 0, operation.site);
+      break;
     default:
       issuer.bulk_groups[operation.group]--;
       if (issuer.state == State::blocked && issuer.waits_for == bulk_wait_name) make_ready(&issuer);
@@ -226,11 +239,13 @@ bool run_engine() {
   return true;
 }
 
-void tma_load(uint64_t shared_destination, uint64_t map, uint64_t barrier, uint32_t rank, const int32_t* coordinates,
+void tma_load(uint64_t shared_destination, uint64_t map, uint64_t barrier, uint32_t rank,
+              const int32_t* coordinates,
               Site site) {
   tsan::Ignore ignore;
   require_mbarrier(barrier, site);
-  Operation operation = tensor_operation(map, shared_destination, rank, coordinates, "TMA load into shared memory", site);
+  Operation operation = tensor_operation(map, shared_destination, rank, coordinates,
+                                         "TMA load into shared memory", site);
   operation.kind = Operation::tensor_load;
   operation.barrier = static_cast<uint32_t>(barrier);
   issue_load(operation);
@@ -238,12 +253,14 @@ void tma_load(uint64_t shared_destination, uint64_t map, uint64_t barrier, uint3
 
 void tma_store(uint64_t map, uint64_t shared_source, uint32_t rank, const int32_t* coordinates, Site site) {
   tsan::Ignore ignore;
-  Operation operation = tensor_operation(map, shared_source, rank, coordinates, "TMA store from shared memory", site);
+  Operation operation = tensor_operation(map, shared_source, rank, coordinates,
+                                         "TMA store from shared memory", site);
   operation.kind = Operation::tensor_store;
   issue_store(operation, "TMA store");
 }
 
-void bulk_load(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint64_t barrier, Site site) {
+void bulk_load(uint64_t shared_destination, uint64_t global_source, uint32_t bytes, uint64_t barrier,
+               Site site) {
   tsan::Ignore ignore;
   require_mbarrier(barrier, site);
   check_bulk(shared_destination, global_source, bytes, "bulk load", site);

@@ -35,7 +35,8 @@ void finish_shuffle(Warp& warp, const Collective& open) {
     }
     if (!in_range) from = here;
     if (!(open.mask >> from & 1))
-      fail(open.site, "shfl.sync: lane %u reads from lane %d, which is not in the mask %08x", lane, from, open.mask);
+      fail(open.site, "shfl.sync: lane %u reads from lane %d, which is not in the mask %08x", lane, from,
+           open.mask);
     mine.result = {brought<ShuffleLane>(warp, static_cast<uint32_t>(from)).value, in_range};
   });
 }
@@ -44,7 +45,9 @@ struct VoteLane { bool predicate; uint32_t result; };
 
 void finish_ballot(Warp& warp, const Collective& open) {
   uint32_t votes = 0;
-  for_each_lane(open.mask, [&](uint32_t lane) { votes |= uint32_t(brought<VoteLane>(warp, lane).predicate) << lane; });
+  for_each_lane(open.mask, [&](uint32_t lane) {
+    votes |= uint32_t(brought<VoteLane>(warp, lane).predicate) << lane;
+  });
   for_each_lane(open.mask, [&](uint32_t lane) { brought<VoteLane>(warp, lane).result = votes; });
 }
 
@@ -88,11 +91,13 @@ void finish_reduce(Warp& warp, const Collective& open) {
 
 }  // namespace
 
-void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp&, const Collective&), Site site) {
+void collective(const char* name, uint32_t mask, void* data, void (*finish)(Warp&, const Collective&),
+                Site site) {
   Fiber* const fiber = self();
   Warp& warp = *fiber->warp;
   const uint32_t lane_bit = 1u << fiber->lane;
-  if (!(mask & lane_bit)) fail(site, "%s: the mask %08x does not contain the calling lane %u", name, mask, fiber->lane);
+  if (!(mask & lane_bit))
+    fail(site, "%s: the mask %08x does not contain the calling lane %u", name, mask, fiber->lane);
   Collective* open = nullptr;
   for_each_lane(warp.open, [&](uint32_t i) {
     Collective& other = warp.collectives[i];
@@ -126,7 +131,8 @@ void check_collectives_at_exit(Fiber& fiber) {
   for_each_lane(fiber.warp->open, [&](uint32_t i) {
     const Collective& open = fiber.warp->collectives[i];
     if (open.mask >> fiber.lane & 1)
-      fail(open.site, "divergent warp: lane %u has exited while lanes %08x wait for it in %s (mask %08x)", fiber.lane,
+      fail(open.site, "divergent warp: lane %u has exited while lanes %08x wait for it in %s (mask %08x)",
+           fiber.lane,
            open.arrived, open.name, open.mask);
   });
 }

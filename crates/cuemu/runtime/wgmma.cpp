@@ -1,8 +1,10 @@
-// wgmma: matrix products of a warpgroup, executed when all 128 threads have issued them and the schedule says so.
+// wgmma: matrix products of a warpgroup, executed when all 128 threads have issued them and the schedule
+// says so.
 //
-// Between the issue and the wait the accumulator registers hold NaNs: who reads them too early will see. Their
-// values live in a `Tile` meanwhile, which a chain of products on the same registers shares; each thread takes its
-// part back when it waits for the last product of the chain. Registers with elements of A are read at the issue.
+// Between the issue and the wait the accumulator registers hold NaNs: who reads them too early will see.
+// Their values live in a `Tile` meanwhile, which a chain of products on the same registers shares; each
+// thread takes its part back when it waits for the last product of the chain. Registers with elements of A
+// are read at the issue.
 #include "internal.h"
 #include "ptx_helpers.h"
 #include <algorithm>
@@ -62,7 +64,9 @@ uint32_t swizzled(uint32_t address, uint32_t mode) {
 namespace {
 
 uint32_t thread_of(const Fiber& fiber) { return fiber.linear % warpgroup_threads; }
-WarpgroupState& group_of(const Fiber& fiber) { return *fiber.block->warpgroups[fiber.linear / warpgroup_threads]; }
+WarpgroupState& group_of(const Fiber& fiber) {
+  return *fiber.block->warpgroups[fiber.linear / warpgroup_threads];
+}
 void* token_of(const Fiber& fiber) {
   return fiber.block->token(warpgroup_tokens + fiber.linear / warpgroup_threads);
 }
@@ -106,7 +110,8 @@ struct Descriptor {
 };
 
 // Visits (window address, row, k) of all chunks of an operand.
-template <class Visit> void for_each_chunk(uint64_t descriptor, uint32_t row_count, bool mn_major, Visit visit) {
+template <class Visit>
+void for_each_chunk(uint64_t descriptor, uint32_t row_count, bool mn_major, Visit visit) {
   const Descriptor decoded(descriptor);
   if (!mn_major) {
     for (uint32_t row = 0; row < row_count; row++)
@@ -121,17 +126,20 @@ template <class Visit> void for_each_chunk(uint64_t descriptor, uint32_t row_cou
 template <class Visit> void for_each_operand_chunk(const Product& product, Visit visit) {
   const Wgmma& operation = product.operation;
   const auto address_only = [&](uint32_t address, uint32_t, uint32_t) { visit(address); };
-  if (!product.a_in_registers) for_each_chunk(operation.a_descriptor, rows, operation.transpose_a, address_only);
+  if (!product.a_in_registers)
+    for_each_chunk(operation.a_descriptor, rows, operation.transpose_a, address_only);
   for_each_chunk(operation.b_descriptor, operation.n, operation.transpose_b, address_only);
 }
 
 // Element (row, k) goes to out[row * row_step + k * k_step].
 template <float (*widen)(uint16_t)>
-void load_operand(uint64_t descriptor, uint32_t row_count, bool mn_major, bool negate, float* out, uint32_t row_step,
+void load_operand(uint64_t descriptor, uint32_t row_count, bool mn_major, bool negate, float* out,
+                  uint32_t row_step,
                   uint32_t k_step, Site site) {
   const uint32_t step = mn_major ? row_step : k_step;
   for_each_chunk(descriptor, row_count, mn_major, [&](uint32_t address, uint32_t row, uint32_t k) {
-    const char* const chunk = window_bytes_at(launch->operand_span, address, 16, 16, "wgmma operand read", site);
+    const char* const chunk = window_bytes_at(launch->operand_span, address, 16, 16, "wgmma operand read",
+                                              site);
     float* const target = out + row * row_step + k * k_step;
     for (uint32_t i = 0; i < 8; i++) {
       uint16_t half;
@@ -217,7 +225,8 @@ Tile* tile_for(WarpgroupState& group, uint32_t thread, float* const* accumulator
   Tile* unused = nullptr;
   for (auto& tile : group.tiles) {
     if (!tile->used) unused = tile.get();
-    else if (tile->captured[thread] && tile->columns == columns && tile->registers[thread][0] == accumulators[0])
+    else if (tile->captured[thread] && tile->columns == columns &&
+             tile->registers[thread][0] == accumulators[0])
       return tile.get();
   }
   if (!unused) {
@@ -239,7 +248,8 @@ bool same_operation(const Wgmma& a, const Wgmma& b, bool a_in_registers) {
 }
 
 // Moves the thread's accumulators into the tile, unless they are there already.
-void capture(WarpgroupState& group, Tile& tile, uint32_t thread, float* const* accumulators, bool read, Site site) {
+void capture(WarpgroupState& group, Tile& tile, uint32_t thread, float* const* accumulators, bool read,
+             Site site) {
   const uint32_t count = tile.columns / 2;
   float** const registers = tile.registers[thread];
   if (tile.captured[thread]) {
@@ -280,7 +290,8 @@ void wgmma(float* const* accumulators, const uint32_t* a_registers, const Wgmma&
   Block& block = *fiber->block;
   WarpgroupState& group = group_of(*fiber);
   const uint32_t thread = thread_of(*fiber), number = fiber->wgmma_issued++;
-  if (operation.n % 8 || operation.n > columns_limit || operation.n < 8) fail(site, "wgmma: n is %u", operation.n);
+  if (operation.n % 8 || operation.n > columns_limit || operation.n < 8)
+    fail(site, "wgmma: n is %u", operation.n);
   if (fiber->linear / warpgroup_threads * warpgroup_threads + warpgroup_threads > block.threads)
     fail(site, "wgmma: the thread's warpgroup has fewer than 128 threads");
   if (!a_registers && operation.a_descriptor >> 49 & 7) fail(site, "wgmma: A's descriptor has a base offset");
@@ -298,9 +309,11 @@ void wgmma(float* const* accumulators, const uint32_t* a_registers, const Wgmma&
   }
   Product& product = group.products[number - group.executed];
   if (!same_site(product.site, site))
-    fail(site, "wgmma: other threads of the warpgroup have issued the one at %s:%d, this one that", file_name(product.site),
+    fail(site, "wgmma: other threads of the warpgroup have issued the one at %s:%d, this one that",
+         file_name(product.site),
          product.site.line);
-  if (product.a_in_registers != (a_registers != nullptr) || !same_operation(product.operation, operation, a_registers))
+  if (product.a_in_registers != (a_registers != nullptr) ||
+      !same_operation(product.operation, operation, a_registers))
     fail(site, "wgmma: the operands of the threads of a warpgroup differ");
   capture(group, *product.tile, thread, accumulators, operation.scale_d, site);
   product.tile->last[thread] = number + 1;

@@ -134,17 +134,14 @@ fn shared_memory() {
          xor.b32 %r3, %r1, 252; mov.u32 %r4, table; add.s32 %r4, %r4, %r3; ld.shared.u32 %r5, [%r4];
          cvta.to.shared.u64 %rd4, %rd2; cvt.u32.u64 %r6, %rd4; ld.shared.u32 %r7, [%r6];
          ld.shared.f32 %f0, [single]; cvt.rzi.u32.f32 %r8, %f0;
-         atom.shared.add.u32 %r9, [table+4], 1;
+         bar.sync 0; atom.shared.add.u32 %r9, [table+4], 1;
          add.u32 %r5, %r5, %r7; add.u32 %r5, %r5, %r8;
          add.s64 %rd5, %rd0, %rd3; st.global.u32 [%rd5], %r5;
          ret; }";
     let result = Buffer::new(256);
     launch_as(ptx, 1, 64, 256, &[result.address()], Schedule::default()).unwrap();
-    // Thread 62 reads the word that the others count in.
-    let expected = |i: u32| (63 - i) + 4 * i + 3;
-    for (i, got) in result.read::<u32>().into_iter().enumerate().filter(|(i, _)| *i != 62) {
-        assert_eq!(got, expected(i as u32), "thread {i}");
-    }
+    let expected: Vec<u32> = (0..64).map(|i| (63 - i) + 4 * i + 3).collect();
+    assert_eq!(result.read::<u32>(), expected);
 }
 
 #[test]
