@@ -43,7 +43,8 @@ const WIDTHS: [(&str, usize); 3] = [("Qwen2.5-0.5B", 896), ("Llama-3.1-8B", 4096
 
 fn main() -> ExitCode {
     let quick = env::args().any(|argument| argument == "--test");
-    let spec = ModuleSpec::from_environment().map(|modules| CudaSpec { ordinal: 0, budget_bytes: None, modules });
+    let spec =
+        ModuleSpec::from_environment().map(|modules| CudaSpec { ordinal: 0, budget_bytes: None, modules });
     let cuda = match spec.and_then(Cuda::open) {
         Ok(cuda) => cuda,
         // Without a GPU there is nothing to measure, and that is no failure of `cargo bench`.
@@ -161,13 +162,18 @@ impl Bench {
         let source = self.random::<f32>(1, len, 1)?;
         let target = Buf::<f32>::new(&self.cuda.device.memory, 1, len)?;
         let bytes = 4 * len;
-        self.time(json!({"family": "copy", "case": "device to device"}), Work { flops: 0.0, bytes: 2.0 * bytes as f64 }, |_| {
-            let stream = &self.cuda.device.compute;
-            let (from, to) = (source.allocation().address(), target.allocation().address());
-            // SAFETY: both buffers have `bytes` bytes.
-            let copied = unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) };
-            copied.map_err(|error| Error::new("the bench could not copy").found(format!("{error:?}")))
-        })
+        self.time(
+            json!({"family": "copy", "case": "device to device"}),
+            Work { flops: 0.0, bytes: 2.0 * bytes as f64 },
+            |_| {
+                let stream = &self.cuda.device.compute;
+                let (from, to) = (source.allocation().address(), target.allocation().address());
+                // SAFETY: both buffers have `bytes` bytes.
+                let copied =
+                    unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) };
+                copied.map_err(|error| Error::new("the bench could not copy").found(format!("{error:?}")))
+            },
+        )
     }
 
     fn norm<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
@@ -176,14 +182,23 @@ impl Bench {
         let weight = self.random::<f32>(1, width, 2)?;
         let elements = (rows * width) as f64;
         let copies = self.copies(rows * width * 6);
-        let x = (0..copies).map(|copy| self.random::<f32>(rows, width, 3 + copy as u64)).collect::<Result<Vec<_>>>()?;
-        let delta = (0..copies).map(|copy| self.random::<T>(rows, width, 99 + copy as u64)).collect::<Result<Vec<_>>>()?;
+        let x = (0..copies)
+            .map(|copy| self.random::<f32>(rows, width, 3 + copy as u64))
+            .collect::<Result<Vec<_>>>()?;
+        let delta = (0..copies)
+            .map(|copy| self.random::<T>(rows, width, 99 + copy as u64))
+            .collect::<Result<Vec<_>>>()?;
         let size = size_of::<T>() as f64;
         let case = |name: &str| json!({"family": "norm", "case": format!("{model} {name} {}", T::NAME), "rows": rows, "width": width});
-        self.time(case("add+norm"), Work { flops: 4.0 * elements, bytes: elements * (8.0 + 2.0 * size) }, |at| {
-            let (_h, _y): (_, Buf<T>) = self.cuda.add_norm(&x[at % copies], &delta[at % copies], &weight, spec)?;
-            Ok(())
-        })?;
+        self.time(
+            case("add+norm"),
+            Work { flops: 4.0 * elements, bytes: elements * (8.0 + 2.0 * size) },
+            |at| {
+                let (_h, _y): (_, Buf<T>) =
+                    self.cuda.add_norm(&x[at % copies], &delta[at % copies], &weight, spec)?;
+                Ok(())
+            },
+        )?;
         self.time(case("backward"), Work { flops: 8.0 * elements, bytes: elements * (8.0 + size) }, |at| {
             self.cuda.norm_backward(&x[at % copies], &weight, spec, &delta[at % copies], None).map(|_| ())
         })
@@ -192,7 +207,9 @@ impl Bench {
     fn moments<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
         let rows = self.rows();
         let copies = self.copies(rows * width * size_of::<T>());
-        let x = (0..copies).map(|copy| self.random::<T>(rows, width, 5 + copy as u64)).collect::<Result<Vec<_>>>()?;
+        let x = (0..copies)
+            .map(|copy| self.random::<T>(rows, width, 5 + copy as u64))
+            .collect::<Result<Vec<_>>>()?;
         // Samples of 128 tokens.
         let starts = (0..rows).step_by(128);
         let samples: Vec<_> = starts.map(|start| start..(start + 128).min(rows)).collect();
@@ -216,7 +233,9 @@ impl Bench {
         for backward in [false, true] {
             let (from, to) = if backward { (out_features, in_features) } else { (in_features, out_features) };
             let copies = self.copies(2 * rows * (from + to)).min(4);
-            let x = (0..copies).map(|copy| self.random::<bf16>(rows, from, 8 + copy as u64)).collect::<Result<Vec<_>>>()?;
+            let x = (0..copies)
+                .map(|copy| self.random::<bf16>(rows, from, 8 + copy as u64))
+                .collect::<Result<Vec<_>>>()?;
             let y = (0..copies)
                 .map(|_| Buf::<bf16>::new(&self.cuda.device.memory, rows, to))
                 .collect::<Result<Vec<_>>>()?;
@@ -241,7 +260,9 @@ fn check(x: &Buf<bf16>, weight: &Buf<bf16>, y: &Buf<bf16>, backward: bool) -> Re
     let (x, weight, y) = (x.to_host()?, weight.to_host()?, y.to_host()?);
     for probe in 0..64 {
         let (row, column) = ((probe * 7919) % (y.len() / to), (probe * 104_729) % to);
-        let weight_at = |k: usize| if backward { weight[k * in_features + column] } else { weight[column * in_features + k] };
+        let weight_at = |k: usize| {
+            if backward { weight[k * in_features + column] } else { weight[column * in_features + k] }
+        };
         let terms = (0..from).map(|k| x[row * from + k].to_f64() * weight_at(k).to_f64());
         let (wanted, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
         let found = y[row * to + column].to_f64();
