@@ -7,13 +7,14 @@ use std::process::{Command, Output};
 use gradlens::backend::cuda::Sources;
 
 use super::machine::{runs_here, skip_or_panic};
+use super::{linear, norm, stats};
 
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
 
 /// What kernels and runtime are compiled with.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Build {
+pub enum Build {
     Plain,
     /// AddressSanitizer.
     Address,
@@ -22,124 +23,25 @@ enum Build {
 }
 use Build::{Address, Plain, Thread};
 
-struct Fault {
-    name: &'static str,
-    file: &'static str,
-    from: &'static str,
-    to: &'static str,
+pub struct Fault {
+    pub name: &'static str,
+    pub file: &'static str,
+    pub from: &'static str,
+    pub to: &'static str,
     /// The test that must notice, and with which build.
-    test: &'static str,
-    build: Build,
+    pub test: &'static str,
+    pub build: Build,
     /// One of these must be in what it prints.
-    reports: &'static [&'static str],
+    pub reports: &'static [&'static str],
 }
 
 /// Results that are off, as the kernels' tests report them.
-const WRONG: &[&str] = &["instead of", "relative error", "other bytes under"];
+pub const WRONG: &[&str] = &["instead of", "relative error", "other bytes under"];
 
-const FAULTS: &[Fault] = &[
-    // ---- norm.cu
-    Fault {
-        name: "missing barrier",
-        file: "norm.cu",
-        from: "__syncthreads();  // norm: the warps' sums are written",
-        to: "",
-        test: "norm::forward",
-        build: Thread,
-        reports: &["ThreadSanitizer: data race"],
-    },
-    Fault {
-        name: "missing barrier, without a sanitizer",
-        file: "norm.cu",
-        from: "__syncthreads();  // norm: the warps' sums are written",
-        to: "",
-        test: "norm::backward",
-        build: Plain,
-        reports: WRONG,
-    },
-    Fault {
-        name: "divergent barrier",
-        file: "norm.cu",
-        from: "__syncthreads();  // norm: the warps' sums are written",
-        to: "if (in_warp < 16) __syncthreads();",
-        test: "norm::forward",
-        build: Plain,
-        reports: &["divergent", "deadlock"],
-    },
-    Fault {
-        name: "lanes missing from a shuffle's mask",
-        file: "norm.cu",
-        from: "v[i] += __shfl_xor_sync(FULL_WARP, v[i], step)",
-        to: "v[i] += __shfl_xor_sync(0x0000ffffu, v[i], step)",
-        test: "norm::forward",
-        build: Plain,
-        reports: &["mask 0000ffff does not contain the calling lane"],
-    },
-    Fault {
-        name: "one group past the end of the rows",
-        file: "norm.cu",
-        from: "inside[i] = team.has_row() && team.column(i) < width;\n    row[i].clear()",
-        to: "inside[i] = team.has_row() && team.column(i) <= width;\n    row[i].clear()",
-        test: "norm::backward",
-        build: Plain,
-        reports: &["out of bounds global"],
-    },
-    Fault {
-        name: "past the end of a shared array",
-        file: "norm.cu",
-        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
-        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
-        test: "norm::forward",
-        build: Plain,
-        reports: &["out of bounds shared write"],
-    },
-    Fault {
-        name: "past the end of a shared array, with a sanitizer",
-        file: "norm.cu",
-        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
-        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
-        test: "norm::forward",
-        build: Address,
-        reports: &["out of bounds shared write", "AddressSanitizer"],
-    },
-    Fault {
-        name: "(1 + w) forgotten",
-        file: "norm.cu",
-        from: "row[i][k] *= scale[i].value(k) + weight_offset;",
-        to: "row[i][k] *= scale[i].value(k);",
-        test: "norm::forward",
-        build: Plain,
-        reports: WRONG,
-    },
-    // ---- stats.cu
-    Fault {
-        name: "missing barrier",
-        file: "stats.cu",
-        from: "__syncthreads();  // stats: the warps' sums are written",
-        to: "",
-        test: "stats::moments",
-        build: Thread,
-        reports: &["ThreadSanitizer: data race"],
-    },
-    Fault {
-        name: "a plain minimum for the atomic one",
-        file: "stats.cu",
-        from: "atomicMin(non_finite, index)",
-        to: "*non_finite = min(*non_finite, index)",
-        test: "stats::the_first_sample_that_is_not_finite_is_named",
-        build: Thread,
-        reports: &["ThreadSanitizer: data race"],
-    },
-    Fault {
-        name: "one row too many in a segment",
-        file: "stats.cu",
-        from: "int rows = segment.rows - start;",
-        to: "int rows = segment.rows - start + 1;",
-        test: "stats::moments",
-        build: Plain,
-        reports: &["instead of", "out of bounds global read"],
-    },
-];
+/// All faults, each beside the test that must notice it.
+fn faults() -> impl Iterator<Item = &'static Fault> {
+    norm::FAULTS.iter().chain(stats::FAULTS).chain(linear::FAULTS)
+}
 
 /// Whether this process was started to run one test, under a sanitizer or with a fault.
 pub fn is_child() -> bool {
@@ -149,7 +51,7 @@ pub fn is_child() -> bool {
 /// The kernels with the fault that this process was started for.
 pub fn planted(sources: Sources) -> Sources {
     let Ok(wanted) = env::var(PLANT) else { return sources };
-    match FAULTS.iter().find(|fault| fault.id() == wanted) {
+    match faults().find(|fault| fault.id() == wanted) {
         Some(fault) => sources.with(fault.file, fault.from, fault.to).unwrap(),
         None => {
             assert_eq!(wanted, "none", "{PLANT} names a fault");
@@ -221,7 +123,7 @@ fn all_are_noticed(file: &str) {
     if is_child() || !runs_here() {
         return;
     }
-    let faults: Vec<_> = FAULTS.iter().filter(|fault| fault.file == file).collect();
+    let faults: Vec<_> = faults().filter(|fault| fault.file == file).collect();
     assert!(!faults.is_empty());
     let mut unnoticed = Vec::new();
     for fault in faults {
@@ -252,12 +154,38 @@ fn in_stats() {
     all_are_noticed("stats.cu");
 }
 
+#[test]
+fn in_linear() {
+    all_are_noticed("linear.cu");
+}
+
+#[test]
+fn in_linear_for_compute_capability_9_0() {
+    all_are_noticed("linear_sm90.cu");
+}
+
+#[test]
+fn in_wrappers_of_instructions() {
+    all_are_noticed("common.cuh");
+    all_are_noticed("hopper.cuh");
+}
+
+/// Those for other builds than the one at hand too.
+#[test]
+fn every_fault_has_its_place() {
+    for fault in faults() {
+        Sources::embedded().with(fault.file, fault.from, fault.to).unwrap();
+    }
+}
+
 /// Tests of kernels, which must be silent under both sanitizers.
 const CLEAN: &[&str] = &[
     "norm::forward",
     "norm::backward",
     "stats::moments",
     "stats::the_first_sample_that_is_not_finite_is_named",
+    "linear::mma_sync_gives_the_same_bits_under_all_schedules",
+    "linear::wgmma_gives_the_same_bits_under_all_schedules",
 ];
 
 fn kernels_are_clean(build: Build) {

@@ -1,39 +1,230 @@
 //! Linear layers: every kernel against float64, on shapes that end inside tiles and use each stage of the ring
 //! more than once.
 
+use gradlens::backend::cuda::Buf;
 use gradlens::backend::cuda::linear::{Direction, Output, Shape, Tile};
-use gradlens::backend::cuda::{Buf, Sources};
 use half::bf16;
 
+use super::faults::{Build, Fault, WRONG};
 use super::machine::{Machine, Random, machine, relative_error};
 
-/// Lines to change, each of which these tests must notice: (file, from, to).
-pub const FAULTS: [(&str, &str, &str); 18] = [
+const MMA: &str = "linear::mma_sync_gives_the_same_bits_under_all_schedules";
+const WGMMA: &str = "linear::wgmma_gives_the_same_bits_under_all_schedules";
+const RACE: &[&str] = &["ThreadSanitizer: data race"];
+
+/// What these tests must notice.
+pub const FAULTS: &[Fault] = &[
     // Waits and barriers.
-    ("linear.cu", "cp_async_wait<T::STAGES - 2>();  // the first stage's copies by this thread", ""),
-    ("linear.cu", "__syncthreads();                 // and by the others\n", ""),
-    ("linear.cu", "cp_async_wait<T::STAGES - 2>();  // the next stage's copies by this thread", ""),
-    ("linear.cu", "__syncthreads();                 // and by the others; all warps have read", "//"),
-    ("linear.cu", "cp_async_commit();  // empty groups keep the count in step", ""),
-    ("linear_sm90.cu", "__syncthreads();  // the barriers are initialised", ""),
-    (
-        "linear_sm90.cu",
-        "barrier_wait(empty + ring.slot * 8, ring.parity ^ 1);  // the slot's last use is over",
-        "",
-    ),
-    ("linear_sm90.cu", "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived", ""),
-    ("linear_sm90.cu", "wgmma_wait<1>();  // the stage before this one has been read", ""),
-    ("linear_sm90.cu", "wgmma_wait<0>();  // the sums are complete", ""),
+    Fault {
+        name: "missing wait for copies",
+        file: "linear.cu",
+        from: "cp_async_wait<T::STAGES - 2>();  // the next stage's copies by this thread",
+        to: "",
+        test: MMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "missing wait for the first copies",
+        file: "linear.cu",
+        from: "cp_async_wait<T::STAGES - 2>();  // the first stage's copies by this thread",
+        to: "",
+        test: MMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "missing barrier",
+        file: "linear.cu",
+        from: "__syncthreads();                 // and by the others\n",
+        to: "\n",
+        test: MMA,
+        build: Build::Thread,
+        reports: RACE,
+    },
+    Fault {
+        name: "stage reused too early",
+        file: "linear.cu",
+        from: "__syncthreads();                 // and by the others; all warps have read",
+        to: "//",
+        test: MMA,
+        build: Build::Thread,
+        reports: RACE,
+    },
+    Fault {
+        name: "group never committed",
+        file: "linear.cu",
+        from: "cp_async_commit();  // empty groups keep the count in step",
+        to: "",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["instead of", "relative error", "other bytes under", "still in flight"],
+    },
+    Fault {
+        name: "barriers used before they are there",
+        file: "linear_sm90.cu",
+        from: "__syncthreads();  // the barriers are initialised",
+        to: "",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: &["before mbarrier.init"],
+    },
+    Fault {
+        name: "copy into a slot still in use",
+        file: "linear_sm90.cu",
+        from: "barrier_wait(empty + ring.slot * 8, ring.parity ^ 1);  // the slot's last use is over",
+        to: "",
+        test: WGMMA,
+        build: Build::Thread,
+        reports: RACE,
+    },
+    Fault {
+        name: "wgmma without the wait for its stage",
+        file: "linear_sm90.cu",
+        from: "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived",
+        to: "",
+        test: WGMMA,
+        build: Build::Thread,
+        reports: RACE,
+    },
+    Fault {
+        name: "wgmma without the wait for its stage, without a sanitizer",
+        file: "linear_sm90.cu",
+        from: "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived",
+        to: "",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "slot released before it was read",
+        file: "linear_sm90.cu",
+        from: "wgmma_wait<1>();  // the stage before this one has been read",
+        to: "",
+        test: WGMMA,
+        build: Build::Thread,
+        reports: RACE,
+    },
+    Fault {
+        name: "sums read before they are complete",
+        file: "linear_sm90.cu",
+        from: "wgmma_wait<0>();  // the sums are complete",
+        to: "",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    // Operands.
+    Fault {
+        name: "lost .trans",
+        file: "common.cuh",
+        from: "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+        to: "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+        test: MMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "swapped operands of mma",
+        file: "common.cuh",
+        from: "\"r\"(b0), \"r\"(b1)",
+        to: "\"r\"(b1), \"r\"(b0)",
+        test: MMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "lost source size of cp.async",
+        file: "common.cuh",
+        from: "[%0], [%1], 16, %2;",
+        to: "[%0], [%1], 16;",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["instead of", "relative error", "out of bounds global read"],
+    },
+    Fault {
+        name: "cp.async of 8 bytes for 16",
+        file: "common.cuh",
+        from: "cp.async.cg.shared.global [%0], [%1], 16, %2;",
+        to: "cp.async.ca.shared.global [%0], [%1], 8, %2;",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["instead of", "relative error", "cp.async"],
+    },
+    Fault {
+        name: "another swizzle than the tensor map's",
+        file: "hopper.cuh",
+        from: "(u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62",
+        to: "(u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)2 << 62",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
     // What is past the end.
-    ("linear.cu", "depth0 + a_copy.column < depth ? 16 : 0", "16"),
-    ("linear.cu", "depth0 + at < depth ? 16 : 0", "16"),
-    ("linear.cu", "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)", "(a_copy.row + i * a_copy.STEP)"),
-    ("linear.cu", "min(row, columns - 1 - column0)", "row"),
-    ("linear.cu", "if (row >= rows) continue;", ""),
-    ("linear_sm90.cu", "if (row >= rows) continue;", ""),
+    Fault {
+        name: "depth past the end of x",
+        file: "linear.cu",
+        from: "depth0 + a_copy.column < depth ? 16 : 0",
+        to: "16",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["instead of", "out of bounds global read"],
+    },
+    Fault {
+        name: "rows past the end of x",
+        file: "linear.cu",
+        from: "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)",
+        to: "(a_copy.row + i * a_copy.STEP)",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["out of bounds global read"],
+    },
+    Fault {
+        name: "rows past the end of x, with a sanitizer",
+        file: "linear.cu",
+        from: "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)",
+        to: "(a_copy.row + i * a_copy.STEP)",
+        test: MMA,
+        build: Build::Address,
+        reports: &["out of bounds global read", "AddressSanitizer"],
+    },
+    Fault {
+        name: "rows past the end of y",
+        file: "linear.cu",
+        from: "if (row >= rows) continue;",
+        to: "",
+        test: MMA,
+        build: Build::Plain,
+        reports: &["out of bounds global"],
+    },
+    Fault {
+        name: "rows past the end of y",
+        file: "linear_sm90.cu",
+        from: "if (row >= rows) continue;",
+        to: "",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: &["out of bounds global"],
+    },
     // Sums.
-    ("linear_sm90.cu", "index > 0 || k > 0", "true"),
-    ("linear.cu", "else if (addend) v = v +", "else if (addend) v ="),
+    Fault {
+        name: "sums not started at zero",
+        file: "linear_sm90.cu",
+        from: "index > 0 || k > 0",
+        to: "true",
+        test: WGMMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "addend in place of the sum",
+        file: "linear.cu",
+        from: "else if (addend) v = v +",
+        to: "else if (addend) v =",
+        test: MMA,
+        build: Build::Plain,
+        reports: WRONG,
+    },
 ];
 
 /// One layer's numbers.
@@ -126,7 +317,7 @@ impl Layer {
             let (row, column) = (i / self.widths().1, i % self.widths().1);
             assert!(
                 (found - wanted).abs() <= tolerance,
-                "{tile:?} {:?} {:?} to {} at {row}, {column}: {found}, wanted {wanted} ± {tolerance}",
+                "{tile:?} {:?} {:?} to {} at {row}, {column}: {found} instead of {wanted} ± {tolerance}",
                 self.direction,
                 self.shape,
                 Y::NAME
@@ -189,19 +380,29 @@ fn linear_of_any_width() {
     }
 }
 
-#[test]
-fn linear_gives_the_same_bits_under_all_schedules() {
-    let Some(machine) = machine() else { return };
-    for tile in tiles(&machine) {
-        // More stages than the ring has slots, and a tile that ends.
+/// More stages than the ring has slots, and tiles that end.
+fn same_bits(machine: &Machine, wanted: &[Tile]) {
+    for tile in tiles(machine).into_iter().filter(|tile| wanted.contains(tile)) {
         for (direction, sizes) in
             [(Direction::Forward, [130, 456, 72]), (Direction::Backward, [130, 72, 456])]
         {
             let layer = Layer::new(direction, sizes);
-            let found = machine.same_under_all_schedules(|| layer.run::<f32>(&machine, tile, true, false));
+            let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, true, false));
             layer.check(tile, &found, true);
         }
     }
+}
+
+#[test]
+fn mma_sync_gives_the_same_bits_under_all_schedules() {
+    let Some(machine) = machine() else { return };
+    same_bits(&machine, &[Tile::Large, Tile::Small, Tile::Unaligned]);
+}
+
+#[test]
+fn wgmma_gives_the_same_bits_under_all_schedules() {
+    let Some(machine) = machine() else { return };
+    same_bits(&machine, &[Tile::Narrow, Tile::Wide]);
 }
 
 /// What is past the depth, or another row, is not multiplied by zero: it is not there.
@@ -261,12 +462,5 @@ fn no_rows_is_no_work() {
     for tile in tiles(&machine) {
         let layer = Layer::new(Direction::Forward, [0, 8, 8]);
         assert!(layer.run::<f32>(&machine, tile, true, false).is_empty());
-    }
-}
-
-#[test]
-fn the_faults_have_their_places() {
-    for (file, from, to) in FAULTS {
-        Sources::embedded().with(file, from, to).unwrap();
     }
 }

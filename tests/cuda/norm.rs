@@ -3,7 +3,84 @@
 use gradlens::backend::cuda::norm::NormSpec;
 use gradlens::backend::cuda::{Buf, Element};
 
+use super::faults::{Build, Fault, WRONG};
 use super::machine::{Machine, Random, machine};
+
+/// What these tests must notice.
+pub const FAULTS: &[Fault] = &[
+    Fault {
+        name: "missing barrier",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "",
+        test: "norm::forward",
+        build: Build::Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "missing barrier, without a sanitizer",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "",
+        test: "norm::backward",
+        build: Build::Plain,
+        reports: WRONG,
+    },
+    Fault {
+        name: "divergent barrier",
+        file: "norm.cu",
+        from: "__syncthreads();  // norm: the warps' sums are written",
+        to: "if (in_warp < 16) __syncthreads();",
+        test: "norm::forward",
+        build: Build::Plain,
+        reports: &["divergent", "deadlock"],
+    },
+    Fault {
+        name: "lanes missing from a shuffle's mask",
+        file: "norm.cu",
+        from: "v[i] += __shfl_xor_sync(FULL_WARP, v[i], step)",
+        to: "v[i] += __shfl_xor_sync(0x0000ffffu, v[i], step)",
+        test: "norm::forward",
+        build: Build::Plain,
+        reports: &["mask 0000ffff does not contain the calling lane"],
+    },
+    Fault {
+        name: "one group past the end of the rows",
+        file: "norm.cu",
+        from: "inside[i] = team.has_row() && team.column(i) < width;\n    row[i].clear()",
+        to: "inside[i] = team.has_row() && team.column(i) <= width;\n    row[i].clear()",
+        test: "norm::backward",
+        build: Build::Plain,
+        reports: &["out of bounds global"],
+    },
+    Fault {
+        name: "past the end of a shared array",
+        file: "norm.cu",
+        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
+        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
+        test: "norm::forward",
+        build: Build::Plain,
+        reports: &["out of bounds shared write"],
+    },
+    Fault {
+        name: "past the end of a shared array, with a sanitizer",
+        file: "norm.cu",
+        from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
+        to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
+        test: "norm::forward",
+        build: Build::Address,
+        reports: &["out of bounds shared write", "AddressSanitizer"],
+    },
+    Fault {
+        name: "(1 + w) forgotten",
+        file: "norm.cu",
+        from: "row[i][k] *= scale[i].value(k) + weight_offset;",
+        to: "row[i][k] *= scale[i].value(k);",
+        test: "norm::forward",
+        build: Build::Plain,
+        reports: WRONG,
+    },
+];
 
 /// (rows, width): every team of threads, with full and partial ones. Widths of a head, hidden sizes, neither.
 const SHAPES: [(usize, usize); 12] = [

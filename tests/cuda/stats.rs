@@ -5,7 +5,39 @@ use std::ops::Range;
 use gradlens::backend::cuda::{Buf, Element};
 use gradlens::backend::{Moments, NonFinite};
 
+use super::faults::{Build, Fault};
 use super::machine::{Machine, Random, machine};
+
+/// What these tests must notice.
+pub const FAULTS: &[Fault] = &[
+    Fault {
+        name: "missing barrier",
+        file: "stats.cu",
+        from: "__syncthreads();  // stats: the warps' sums are written",
+        to: "",
+        test: "stats::moments",
+        build: Build::Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "a plain minimum for the atomic one",
+        file: "stats.cu",
+        from: "atomicMin(non_finite, index)",
+        to: "*non_finite = min(*non_finite, index)",
+        test: "stats::the_first_sample_that_is_not_finite_is_named",
+        build: Build::Thread,
+        reports: &["ThreadSanitizer: data race"],
+    },
+    Fault {
+        name: "one row too many in a segment",
+        file: "stats.cu",
+        from: "int rows = segment.rows - start;",
+        to: "int rows = segment.rows - start + 1;",
+        test: "stats::moments",
+        build: Build::Plain,
+        reports: &["instead of", "out of bounds global read"],
+    },
+];
 
 /// Samples with rows between them that are not counted; lengths below, at and above those of a warp's eight
 /// rows, of a round of the four warps and of a segment.
