@@ -126,7 +126,7 @@ impl Layer {
             let (row, column) = (i / self.widths().1, i % self.widths().1);
             assert!(
                 (found - wanted).abs() <= tolerance,
-                "{tile:?} {:?} {:?} to {} at {row}, {column}: {found}, wanted {wanted} ± {tolerance}",
+                "{tile:?} {:?} {:?} to {} at {row}, {column}: {found} instead of {wanted} ± {tolerance}",
                 self.direction,
                 self.shape,
                 Y::NAME
