@@ -4,7 +4,6 @@
 //! C++ compiler is there the tests say so and pass, unless `GRADLENS_REQUIRE_CUDA=1` (as in CI) makes that a
 //! failure.
 #![allow(clippy::unwrap_used)]
-#![allow(dead_code)] // until kernels use all of it
 
 #[path = "cuda/faults.rs"]
 mod faults;
@@ -12,6 +11,8 @@ mod faults;
 mod host;
 #[path = "cuda/linear.rs"]
 mod linear;
+#[path = "cuda/linear_faults.rs"]
+mod linear_faults;
 #[path = "cuda/machine.rs"]
 mod machine;
 #[path = "cuda/norm.rs"]

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use gradlens::backend::cuda::Sources;
 
-use super::machine::{runs_here, skip_or_panic};
-use super::{linear, norm, stats};
+use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
+use super::{linear_faults, norm, stats};
 
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
@@ -40,12 +40,17 @@ pub const WRONG: &[&str] = &["instead of", "relative error", "other bytes under"
 
 /// All faults, each beside the test that must notice it.
 fn faults() -> impl Iterator<Item = &'static Fault> {
-    norm::FAULTS.iter().chain(stats::FAULTS).chain(linear::FAULTS)
+    norm::FAULTS.iter().chain(stats::FAULTS).chain(linear_faults::FAULTS)
 }
 
 /// Whether this process was started to run one test, under a sanitizer or with a fault.
 pub fn is_child() -> bool {
     env::var_os(PLANT).is_some()
+}
+
+/// Whether this process was started with a fault.
+pub fn is_planted() -> bool {
+    env::var(PLANT).is_ok_and(|fault| fault != "none")
 }
 
 /// The kernels with the fault that this process was started for.
@@ -94,7 +99,8 @@ impl Child {
 /// sanitizer; the reason was printed.
 fn environment(build: Build) -> Option<Vec<(&'static str, String)>> {
     let (name, library, options) = match build {
-        Plain => return Some(Vec::new()),
+        // Kernels that are run a few times.
+        Plain => return Some(vec![("CUEMU_OPTIMIZE", "0".to_owned())]),
         Address => ("address", "libasan.so", ("ASAN_OPTIONS", "detect_leaks=0")),
         Thread => {
             ("thread", "libtsan.so", ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1"))
@@ -118,7 +124,7 @@ fn run_with(build: Build, test: &str, fault: &str) -> Option<Child> {
     Some(run_child(test, fault, &variables))
 }
 
-/// Every fault of `file` is noticed.
+/// Every fault of `file` is noticed. All that are not are listed.
 fn all_are_noticed(file: &str) {
     if is_child() || !runs_here() {
         return;
@@ -188,22 +194,34 @@ const CLEAN: &[&str] = &[
     "linear::wgmma_gives_the_same_bits_under_all_schedules",
 ];
 
-fn kernels_are_clean(build: Build) {
+/// The correct kernels, in every build, under schedules × poisons: not one report.
+fn kernels_are_clean(build: Build, least_runs: usize) {
     if is_child() || !runs_here() {
         return;
     }
+    let mut runs = 0;
     for test in CLEAN {
         let Some(child) = run_with(build, test, "none") else { return };
         child.assert_passed();
+        let text = child.text();
+        let line = text.lines().rev().find_map(|line| line.split(RUNS_LINE).nth(1));
+        runs += line.and_then(|count| count.trim().parse::<usize>().ok()).unwrap_or(0);
     }
+    println!("{build:?}: {runs} runs");
+    assert!(runs >= least_runs, "{runs} runs");
+}
+
+#[test]
+fn kernels_are_clean_under_all_schedules() {
+    kernels_are_clean(Plain, 200);
 }
 
 #[test]
 fn kernels_are_clean_under_address_sanitizer() {
-    kernels_are_clean(Address);
+    kernels_are_clean(Address, 40);
 }
 
 #[test]
 fn kernels_are_clean_under_thread_sanitizer() {
-    kernels_are_clean(Thread);
+    kernels_are_clean(Thread, 20);
 }

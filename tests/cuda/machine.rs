@@ -1,9 +1,9 @@
 //! The device under test, its schedules, and the faults planted in its kernels.
 
 use std::env;
-use std::ffi::CStr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use gradlens::backend::cuda::{Code, Cuda, CudaSpec, ModuleSpec, Nvrtc, Sources};
@@ -51,8 +51,8 @@ impl Schedule {
 
 /// The driver's controls, where it is the stand-in.
 struct StandIn {
-    set_schedule: unsafe extern "C" fn(*const Schedule),
-    last_error: unsafe extern "C" fn() -> *const std::ffi::c_char,
+    /// 0, or why not.
+    set_schedule: unsafe extern "C" fn(*const Schedule) -> i32,
 }
 
 /// What the tests run on.
@@ -82,7 +82,6 @@ fn driver() -> Result<&'static Driver, String> {
         let stand_in = unsafe {
             StandIn {
                 set_schedule: *library.get(b"cuemu_set_schedule\0").map_err(|error| error.to_string())?,
-                last_error: *library.get(b"cuemu_last_error\0").map_err(|error| error.to_string())?,
             }
         };
         std::mem::forget(library);
@@ -147,7 +146,9 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
         }
     };
     let code = if stand_in.is_some() { Code::Ptx } else { Code::Cubin };
-    let modules = ModuleSpec { sources, code, cache: None };
+    // Processes of these tests find there what others have compiled.
+    let cache = Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels"));
+    let modules = ModuleSpec { sources, code, cache };
     let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules }).unwrap();
     let machine = Machine { cuda, stand_in, _turn: turn };
     machine.schedule(Schedule::PLAIN);
@@ -164,15 +165,8 @@ impl Machine {
     pub fn schedule(&self, schedule: Schedule) {
         if let Some(stand_in) = self.stand_in {
             // SAFETY: reads one schedule of this layout.
-            unsafe { (stand_in.set_schedule)(&schedule) };
+            assert_eq!(unsafe { (stand_in.set_schedule)(&schedule) }, 0, "{schedule:?} is refused");
         }
-    }
-
-    /// What the stand-in driver says of the last failure.
-    pub fn last_error(&self) -> String {
-        let Some(stand_in) = self.stand_in else { return String::new() };
-        // SAFETY: a string that lives until the next failure.
-        unsafe { CStr::from_ptr((stand_in.last_error)()) }.to_string_lossy().into_owned()
     }
 
     /// Whether a case of this many elements can be waited for: everything but under ThreadSanitizer, which needs
@@ -182,25 +176,45 @@ impl Machine {
     }
 
     /// Runs `work` under the plain schedule, and under every other one; all must give the same bytes, which are
-    /// returned. A process with a planted fault tries four, one with a sanitizer two.
+    /// returned. A process with a planted fault tries four, one with a sanitizer two. A GPU schedules as it
+    /// likes: three times.
     pub fn same_under_all_schedules<T: PartialEq>(&self, work: impl Fn() -> T) -> T {
-        let first = work();
-        if self.emulated() {
-            let all = Schedule::all();
-            let step = match (sanitized(), faults::is_child()) {
-                (true, _) => 8,
-                (false, true) => 4,
-                (false, false) => 1,
-            };
-            for schedule in all.into_iter().skip(step).step_by(step) {
-                self.schedule(schedule);
-                assert!(work() == first, "other bytes under {schedule:?}");
-            }
-            self.schedule(Schedule::PLAIN);
+        let counted = || {
+            RUNS.fetch_add(1, Ordering::Relaxed);
+            work()
+        };
+        let first = counted();
+        if !self.emulated() {
+            assert!(counted() == first && counted() == first, "other bytes each time");
+            return first;
         }
+        let step = match (sanitized(), faults::is_planted()) {
+            (true, _) => 8,
+            (false, true) => 4,
+            (false, false) => 1,
+        };
+        for schedule in Schedule::all().into_iter().skip(step).step_by(step) {
+            self.schedule(schedule);
+            assert!(counted() == first, "other bytes under {schedule:?}");
+        }
+        self.schedule(Schedule::PLAIN);
         first
     }
 }
+
+/// How often [`Machine::same_under_all_schedules`] has run its work in this process.
+static RUNS: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if faults::is_child() {
+            println!("{RUNS_LINE}{}", RUNS.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// How a process started by [`faults`] says how many runs it made.
+pub const RUNS_LINE: &str = "runs so far: ";
 
 /// Whether kernels are compiled with a sanitizer in this process.
 fn sanitized() -> bool {

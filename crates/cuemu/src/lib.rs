@@ -25,6 +25,7 @@
 //! | `CUEMU_DEVICES` | integer, 2 | number of devices |
 //! | `CUEMU_MEMORY` | bytes, 4 GiB | memory of each device |
 //! | `CUEMU_SANITIZER` | `none`, `address`, `thread` | what kernels are compiled with |
+//! | `CUEMU_OPTIMIZE` | `0`, `1`, `2` | how well kernels are compiled (default 1): 0 takes a quarter of the time |
 //! | `CUEMU_CACHE` | folder | where compiled kernels are kept; default: in the build folder |
 //! | `CUEMU_CXX` | command, `g++` | the compiler |
 //!

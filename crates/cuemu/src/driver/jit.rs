@@ -20,14 +20,19 @@ use crate::ptx;
 const COMMON_FLAGS: &[&str] =
     &["-std=c++17", "-fPIC", "-shared", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-g1"];
 
-fn kernel_flags(sanitizer: Sanitizer) -> &'static [&'static str] {
-    match sanitizer {
-        Sanitizer::None => &["-w", "-O1"],
-        Sanitizer::Address => {
-            &["-w", "-O1", "-fsanitize=address,alignment,bounds,shift", "-fno-sanitize-recover=undefined"]
-        }
-        Sanitizer::Thread => &["-w", "-O1", "-fsanitize=thread"],
+fn kernel_flags(options: &Options) -> Vec<&'static str> {
+    let mut flags = vec!["-w", ["-O0", "-O1", "-O2"][options.optimize as usize]];
+    match options.sanitizer {
+        Sanitizer::None => {}
+        // What a call to the sanitizer costs is nothing beside what inlining its checks costs the compiler.
+        Sanitizer::Address => flags.extend([
+            "-fsanitize=address,alignment",
+            "-fno-sanitize-recover=undefined",
+            "--param=asan-instrumentation-with-call-threshold=0",
+        ]),
+        Sanitizer::Thread => flags.push("-fsanitize=thread"),
     }
+    flags
 }
 
 fn runtime_flags(sanitizer: Sanitizer) -> &'static [&'static str] {
@@ -76,39 +81,65 @@ impl Kernel {
     }
 }
 
-/// A compiled module. Once loaded it stays until the process ends.
+/// What one file of the translator's holds.
+type Kernels = Arc<[Arc<Kernel>]>;
+
+/// A module whose PTX is known to be sound. Each kernel is compiled when it is first asked for: a module may
+/// hold dozens, of which a program uses two.
 #[derive(Debug)]
 pub struct Module {
-    /// In the order of the PTX.
-    pub kernels: Vec<Arc<Kernel>>,
+    ptx: String,
+    contents: ptx::Contents,
 }
 
 impl Module {
-    /// The kernel called `name`.
-    pub fn kernel(&self, name: &str) -> Option<&Arc<Kernel>> {
-        self.kernels.iter().find(|kernel| kernel.name == name)
+    /// Names of the kernels, in the order of the PTX.
+    pub fn names(&self) -> &[String] {
+        &self.contents.kernels
+    }
+
+    /// The kernel called `name`, if there is one.
+    pub fn kernel(&self, name: &str) -> Result<Option<Arc<Kernel>>> {
+        if !self.contents.kernels.iter().any(|known| known == name) {
+            return Ok(None);
+        }
+        let cpp = match self.contents.shares_variables {
+            true => ptx::translate(&self.ptx),
+            false => ptx::translate_kernel(&self.ptx, name),
+        };
+        let kernels = compile_cpp(&cpp.map_err(invalid)?)?;
+        Ok(kernels.iter().find(|kernel| kernel.name == name).cloned())
     }
 }
 
-/// Compiles and loads PTX.
-pub fn compile(ptx: &str) -> Result<Arc<Module>> {
-    static LOADED: LazyLock<Mutex<HashMap<String, Arc<Module>>>> = LazyLock::new(Mutex::default);
+fn invalid(error: ptx::Error) -> Error {
+    Error::new(Code::INVALID_PTX, error.to_string())
+}
+
+/// Checks PTX, and that it can be run here.
+pub fn compile(ptx: &str) -> Result<Module> {
+    Runtime::load()?; // before any kernel, which needs it
+    Ok(Module { ptx: ptx.to_owned(), contents: ptx::contents(ptx).map_err(invalid)? })
+}
+
+/// Compiles and loads what the translator wrote. Once loaded it stays until the process ends.
+fn compile_cpp(cpp: &str) -> Result<Kernels> {
+    static LOADED: LazyLock<Mutex<HashMap<String, Kernels>>> = LazyLock::new(Mutex::default);
     let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let options = Options::get()?;
-    Runtime::load()?; // before any kernel, which needs it
-    let cpp = ptx::translate(ptx).map_err(|error| Error::new(Code::INVALID_PTX, error.to_string()))?;
     let headers = runtime_sources(options)?;
-    let mut job = Job::new("kernels", options, kernel_flags(options.sanitizer))?;
+    let flags = kernel_flags(options);
+    let mut job = Job::new("kernels", options, &flags)?;
     job.include = Some(headers);
-    job.add("cpp", &cpp);
+    job.add("cpp", cpp);
     let key = job.key();
-    if let Some(module) = loaded().get(&key) {
-        return Ok(module.clone());
+    if let Some(kernels) = loaded().get(&key) {
+        return Ok(Arc::clone(kernels));
     }
     let path = job.build()?;
     // Another thread may have loaded the same file: the same library then, and an equal table.
-    let module = Arc::new(Module { kernels: load(&path)? });
-    Ok(loaded().entry(key).or_insert(module).clone())
+    let kernels = load(&path)?;
+    Ok(Arc::clone(loaded().entry(key).or_insert(kernels)))
 }
 
 /// `CuemuKernel`
@@ -122,7 +153,7 @@ struct Row {
     static_shared_bytes: u32,
 }
 
-fn load(path: &Path) -> Result<Vec<Arc<Kernel>>> {
+fn load(path: &Path) -> Result<Kernels> {
     let failed = |error: libloading::Error| {
         Error::new(Code::SHARED_OBJECT_INIT_FAILED, format!("{}: {error}", path.display()))
     };

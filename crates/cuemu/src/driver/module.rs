@@ -99,7 +99,7 @@ fn check_target(ptx: &str, capability: u32) -> Result<()> {
 fn load(ptx: &str) -> Result<Handle> {
     let context = working(&state())?;
     check_target(ptx, device::limits()?.capability)?;
-    let compiled = jit::compile(ptx)?;
+    let compiled = Arc::new(jit::compile(ptx)?);
     let mut state = state();
     let handle = state.new_handle();
     state.modules.insert(handle, Module { context, compiled });
@@ -166,15 +166,19 @@ fn no_module() -> Error {
 unsafe extern "C" fn cuModuleGetFunction(function: Out<Handle>, module: Handle, name: In<c_char>) -> i32 {
     api(|| {
         let name = name.text()?.to_string_lossy();
-        let mut state = state();
-        let loaded = state.modules.get(&module).ok_or_else(no_module)?;
-        let context = loaded.context;
-        let kernel = loaded.compiled.kernel(&name).cloned().ok_or_else(|| {
-            let names: Vec<&str> =
-                loaded.compiled.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
-            let names = names.join(", ");
+        let (context, compiled) = {
+            let state = state();
+            let loaded = state.modules.get(&module).ok_or_else(no_module)?;
+            (loaded.context, Arc::clone(&loaded.compiled))
+        };
+        // Without the lock: the compiler may take a while.
+        let kernel = compiled.kernel(&name)?.ok_or_else(|| {
+            let names = compiled.names().join(", ");
             Error::new(Code::NOT_FOUND, format!("the module has no kernel {name}; it has: {names}"))
         })?;
+        let mut state = state();
+        // The module may have been unloaded meanwhile.
+        state.modules.get(&module).ok_or_else(no_module)?;
         let same = |known: &&Function| known.module == module && known.kernel.name == kernel.name;
         if let Some((handle, _)) = state.functions.iter().find(|(_, known)| same(known)) {
             return function.put(*handle);

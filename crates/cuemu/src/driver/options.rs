@@ -61,7 +61,7 @@ impl Default for Schedule {
 pub enum Sanitizer {
     /// Nothing: fast.
     None,
-    /// AddressSanitizer, and UndefinedBehaviorSanitizer's checks of alignment, bounds and shifts.
+    /// AddressSanitizer, and UndefinedBehaviorSanitizer's check of alignment.
     Address,
     /// ThreadSanitizer.
     Thread,
@@ -91,6 +91,8 @@ pub struct Options {
     pub memory: u64,
     /// What kernels are compiled with.
     pub sanitizer: Sanitizer,
+    /// How much the compiler does for speed: 0, 1 or 2.
+    pub optimize: u32,
     /// Where compiled kernels are kept.
     pub cache: PathBuf,
     /// The compiler, and arguments that come first.
@@ -127,6 +129,7 @@ impl Options {
             devices: number(&text, "CUEMU_DEVICES", 2)?,
             memory: number(&text, "CUEMU_MEMORY", 4 << 30)?,
             sanitizer: sanitizers[sanitizer as usize],
+            optimize: [1, 0, 2][choice(&text, "CUEMU_OPTIMIZE", &["1", "0", "2"])? as usize],
             cache: text("CUEMU_CACHE")
                 .map_or_else(|| PathBuf::from(env!("OUT_DIR")).join("kernels"), PathBuf::from),
             compiler: compiler.split_whitespace().map(String::from).collect(),

@@ -58,3 +58,30 @@ impl std::error::Error for Error {}
 pub fn translate(ptx: &str) -> Result<String, Error> {
     emit::module(&parse::parse(ptx)?)
 }
+
+/// The C++ of one kernel of a module, with what it calls: as [`translate`] for a module without the others.
+pub fn translate_kernel(ptx: &str, kernel: &str) -> Result<String, Error> {
+    let mut module = parse::parse(ptx)?;
+    module.functions.retain(|function| !function.entry || function.name == kernel);
+    emit::module(&module)
+}
+
+/// What a module holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// Names of its kernels, in its order.
+    pub kernels: Vec<String>,
+    /// Whether kernels share variables, so that they cannot be translated apart from each other.
+    pub shares_variables: bool,
+}
+
+/// What a module holds, once it is known that all of it can be translated.
+pub fn contents(ptx: &str) -> Result<Contents, Error> {
+    let module = parse::parse(ptx)?;
+    emit::module(&module)?;
+    let kernels = module.functions.iter().filter(|function| function.entry);
+    Ok(Contents {
+        kernels: kernels.map(|kernel| kernel.name.to_owned()).collect(),
+        shares_variables: module.variables.iter().any(|variable| variable.space == syntax::Space::Global),
+    })
+}

@@ -84,7 +84,7 @@ pub fn launch_as(
     schedule: Schedule,
 ) -> Result<(), String> {
     let compiled = jit::compile(ptx).unwrap_or_else(|error| panic!("{error}"));
-    let kernel = compiled.kernel("k").unwrap();
+    let kernel = compiled.kernel("k").unwrap().unwrap();
     let mut values = parameters.to_vec();
     let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
     // SAFETY: each parameter has 8 bytes, and no parameter is larger.
