@@ -20,3 +20,5 @@ mod norm;
 mod static_checks;
 #[path = "cuda/stats.rs"]
 mod stats;
+#[path = "cuda/wrappers.rs"]
+mod wrappers;
