@@ -40,10 +40,12 @@ struct Case {
     name: &'static str,
     at: At,
     /// Launches the kernel and fetches what it wrote.
-    run: Box<dyn Fn(&Machine, &At) -> Result<Vec<u32>>>,
+    run: Run,
     /// What the PTX ISA says that is.
     expected: Vec<u32>,
 }
+
+type Run = Box<dyn Fn(&Machine, &At) -> Result<Vec<u32>>>;
 
 /// A kernel and the grid it is launched with.
 struct At {

@@ -128,7 +128,7 @@ fn nearest_bf16(x: u32) -> u16 {
     match below.total_cmp(&above) {
         std::cmp::Ordering::Less => toward,
         std::cmp::Ordering::Greater => away,
-        std::cmp::Ordering::Equal if toward % 2 == 0 => toward,
+        std::cmp::Ordering::Equal if toward.is_multiple_of(2) => toward,
         std::cmp::Ordering::Equal => away,
     }
 }
