@@ -21,3 +21,5 @@ mod norm;
 mod static_checks;
 #[path = "cuda/stats.rs"]
 mod stats;
+#[path = "cuda/wrappers.rs"]
+mod wrappers;
