@@ -342,7 +342,7 @@ fn check_device(args: &LayerArgs) -> Result<()> {
         "auto" | "cpu" => {}
         device => {
             let what = if device == "cuda" || device.starts_with("cuda:") {
-                "this version has no CUDA backend"
+                "this version does not run layers on CUDA devices yet"
             } else {
                 "the device is unknown"
             };

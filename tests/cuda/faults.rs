@@ -114,7 +114,12 @@ fn environment(build: Build) -> Option<Vec<(&'static str, String)>> {
         skip_or_panic(&format!("{library} of {compiler}"));
         return None;
     }
-    Some(vec![("CUEMU_SANITIZER", name.to_owned()), ("LD_PRELOAD", path), (options.0, options.1.to_owned())])
+    let (options, value) = options;
+    let mut variables =
+        vec![("CUEMU_SANITIZER", name.to_owned()), ("LD_PRELOAD", path), (options, value.to_owned())];
+    // Without optimisation every register would be memory to watch.
+    variables.push(("CUEMU_OPTIMIZE", "1".to_owned()));
+    Some(variables)
 }
 
 fn run_with(build: Build, test: &str, fault: &str) -> Option<Child> {
