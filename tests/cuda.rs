@@ -5,6 +5,8 @@
 //! failure.
 #![allow(clippy::unwrap_used)]
 
+#[path = "cuda/architectures.rs"]
+mod architectures;
 #[path = "cuda/faults.rs"]
 mod faults;
 #[path = "cuda/host.rs"]
