@@ -24,11 +24,12 @@ fn kernel_flags(options: &Options) -> Vec<&'static str> {
     let mut flags = vec!["-w", ["-O0", "-O1", "-O2"][options.optimize as usize]];
     match options.sanitizer {
         Sanitizer::None => {}
-        // What a call to the sanitizer costs is nothing beside what inlining its checks costs the compiler.
+        // Inlined checks, and a watch on every register that is a variable, would cost the compiler minutes.
         Sanitizer::Address => flags.extend([
             "-fsanitize=address,alignment",
             "-fno-sanitize-recover=undefined",
             "--param=asan-instrumentation-with-call-threshold=0",
+            "--param=asan-stack=0",
         ]),
         Sanitizer::Thread => flags.push("-fsanitize=thread"),
     }

@@ -82,6 +82,41 @@ pub fn contents(ptx: &str) -> Result<Contents, Error> {
     let kernels = module.functions.iter().filter(|function| function.entry);
     Ok(Contents {
         kernels: kernels.map(|kernel| kernel.name.to_owned()).collect(),
-        shares_variables: module.variables.iter().any(|variable| variable.space == syntax::Space::Global),
+        // NVRTC declares every constant of the source, of which hardly any is ever read.
+        shares_variables: module
+            .variables
+            .iter()
+            .any(|variable| variable.space == syntax::Space::Global && is_used(ptx, variable.name)),
     })
+}
+
+/// Whether a name occurs besides in its declaration.
+fn is_used(ptx: &str, name: &str) -> bool {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '$';
+    let whole = |at: &usize| {
+        let (before, after) = (&ptx[..*at], &ptx[at + name.len()..]);
+        !before.ends_with(is_part) && !after.starts_with(is_part)
+    };
+    ptx.match_indices(name).map(|(at, _)| at).filter(whole).count() > 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_that_kernels_share() {
+        let module = |body: &str| {
+            format!(
+                ".version 8.4\n.target sm_80\n.address_size 64\n.global .align 4 .u32 N = 8;\n\
+                 .visible .entry a()\n{{\n.reg .b32 %r<2>;\n{body}\nret;\n}}\n.visible .entry b()\n{{\nret;\n}}\n"
+            )
+        };
+        let unused = contents(&module("")).unwrap();
+        assert_eq!(unused.kernels, ["a", "b"]);
+        assert!(!unused.shares_variables);
+        assert!(contents(&module("ld.global.u32 %r1, [N];")).unwrap().shares_variables);
+        let only_b = translate_kernel(&module(""), "b").unwrap();
+        assert!(only_b.contains("kernel_b") && !only_b.contains("kernel_a"));
+    }
 }
