@@ -88,7 +88,7 @@ pub const FAULTS: &[Fault] = &[
         to: "",
         test: WGMMA,
         build: Build::Plain,
-        reports: WRONG,
+        reports: &["instead of", "other bytes under", "more arrivals than the count"],
     },
     Fault {
         name: "slot released before it was read",
