@@ -239,7 +239,7 @@ impl Bench {
             near("a sum", || place("|v|"), found.sum_abs[column], size, size * 1e-6)?;
             near("a sum", || place("v²"), found.sum_sq[column], values().map(|v| v * v).sum(), size * 1e-6)?;
         }
-        let case = json!({"family": "stats", "case": format!("{model} moments {}", T::NAME), "op": "moments",
+        let case = json!({"family": "stats", "case": format!("{model} moments"), "op": "moments",
             "dtype": T::NAME, "rows": rows, "width": width, "copies": copies});
         let elements = (rows * width) as f64;
         let work = Work { flops: 5.0 * elements, bytes: elements * size_of::<T>() as f64 };

@@ -70,7 +70,9 @@ run() {
     export out=${1:-target/gpu-record} home GRADLENS_TEST_GPU=1 GRADLENS_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
     export -f sanitizer
     mkdir -p "$out"
-    rm -f "$out"/{record,tables}.md "$out"/*.{jsonl,log}
+    # Kernels are compiled once for all steps.
+    export GRADLENS_CACHE=$out/cache
+    rm -rf "$out"/{record,tables}.md "$out"/*.{jsonl,log} "$out/cache"
     local failed=0 step name limit command left start status verdict
     printf '## Steps\n\n| step | result | s | says |\n|---|---|---|---|\n' >"$out/steps.md"
     for step in "${steps[@]}"; do
@@ -102,7 +104,7 @@ run() {
         echo
         cat "$out/tables.md" 2>/dev/null || echo "No kernel was measured."
     } >"$out/record.md"
-    rm -f "$out"/{steps,tables}.md
+    rm -rf "$out"/{steps,tables}.md "$out/cache"
     echo "$out/record.md, after $SECONDS s"
     return "$failed"
 }
