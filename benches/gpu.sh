@@ -83,8 +83,8 @@ run() {
             # In a group of its own, which `timeout` ends as a whole.
             timeout -k 5 "$limit" bash -c "set -e; $command" >"$out/$name.log" 2>&1 || status=$?
         else
-            echo "skipped: no time left" >"$out/$name.log"
-            status=124
+            echo "error: no time left" >"$out/$name.log"
+            status=124 limit=0
         fi
         case $status in
             0) if grep -q '^skipped: ' "$out/$name.log"; then verdict=skipped; else verdict=passed; fi ;;
@@ -93,7 +93,7 @@ run() {
         esac
         ((status == 0)) || failed=1
         printf '| %s | %s | %d | %s |\n' "$name" "$verdict" $((SECONDS - start)) \
-            "$(grep -ohE "$summary" "$out/$name.log" | tail -n 4 | tr '|' '/' | paste -sd ';' | sed 's/;/; /g')" |
+            "$(grep -ohE "$summary" "$out/$name.log" | tail -n 4 | tr '|' '/' | sed '$!s/$/; /' | tr -d '\n')" |
             tee -a "$out/steps.md"
     done
     {
