@@ -1,27 +1,33 @@
 //! Times of the CUDA kernels on the device at hand: one JSON object a line, for `benches/peers/gpu_table.py`.
 //!
-//! `--test` runs every case once, in small, on whatever driver is found: that the bench works. Each case is
-//! checked against float64 in a few places before it is timed. Inputs are random, and rotate through enough
-//! copies that none is still in the L2 cache from the repetition before.
+//! Each case is checked against float64 in a few places before it is timed. Inputs are random, and rotate
+//! through enough copies that none is still in the L2 cache from the repetition before.
+//!
+//! `--test` runs every case once, in small, on whatever driver is found: that the bench works.
 
 use std::env;
 use std::process::ExitCode;
 
+use cudarc::driver::result::{memcpy_dtod_async, memset_d8_async};
 use cudarc::driver::sys::CUevent_flags;
-use gradlens::backend::cuda::linear::Output;
+use gradlens::backend::cuda::linear::{Direction, Output, Shape, Tile};
 use gradlens::backend::cuda::norm::NormSpec;
 use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc};
 use gradlens::error::{Error, Result};
 use half::bf16;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Tokens of a chunk.
 const ROWS: usize = 8192;
-/// Bytes of inputs to rotate through: more than three times the largest L2 cache.
+/// Bytes of inputs to rotate through: more than three times Hopper's L2 cache.
 const ROTATION_BYTES: usize = 192 << 20;
 /// Timed repetitions, after [`WARM_UP`].
 const REPETITIONS: usize = 30;
 const WARM_UP: usize = 5;
+/// Copies that keep the device busy while the host asks for all repetitions.
+const COPIES_AHEAD: usize = 4;
+/// Half a unit of bfloat16 in the last place, relative.
+const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
 /// Linear layers: model, layer, in, out.
 const LAYERS: [(&str, &str, usize, usize); 12] = [
@@ -54,8 +60,7 @@ fn main() -> ExitCode {
         }
         Err(error) => return failed(&error),
     };
-    let bench = Bench { cuda, quick };
-    match bench.run() {
+    match Bench::new(cuda, quick).and_then(|bench| bench.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
     }
@@ -66,11 +71,6 @@ fn failed(error: &Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-struct Bench {
-    cuda: Cuda,
-    quick: bool,
-}
-
 /// What a case does at least.
 struct Work {
     /// Multiplications and additions.
@@ -79,217 +79,328 @@ struct Work {
     bytes: f64,
 }
 
+struct Bench {
+    cuda: Cuda,
+    quick: bool,
+    /// Source and target of the copies between which everything is timed.
+    large: [Buf<f32>; 2],
+}
+
+/// The driver's error in a sentence.
+fn driver(error: cudarc::driver::DriverError) -> Error {
+    Error::new("the driver refuses what the bench asks for").found(format!("{error:?}"))
+}
+
 impl Bench {
+    fn new(cuda: Cuda, quick: bool) -> Result<Self> {
+        let len = if quick { 1 << 16 } else { 1 << 28 };
+        let [source, target] = [random(&cuda, 1, len, 1)?, Buf::new(&cuda.device.memory, 1, len)?];
+        Ok(Self { cuda, quick, large: [source, target] })
+    }
+
     fn run(&self) -> Result<()> {
         let info = &self.cuda.device.info;
-        let (major, minor) = Nvrtc::load()?.version;
-        let (cc_major, cc_minor) = info.compute_capability;
+        let nvrtc = Nvrtc::load()?;
+        let ((major, minor), (cc_major, cc_minor)) = (nvrtc.version, info.compute_capability);
         println!(
             "{}",
             json!({"device": info.name, "compute_capability": format!("{cc_major}.{cc_minor}"),
                 "multiprocessors": info.multiprocessors, "total_bytes": info.total_bytes,
-                "nvrtc": format!("{major}.{minor}"), "gradlens": env!("CARGO_PKG_VERSION")})
+                "nvrtc": format!("{major}.{minor}"), "nvrtc_path": nvrtc.path, "quick": self.quick,
+                "gradlens": env!("CARGO_PKG_VERSION")})
         );
-        self.copy()?;
-        let count = if self.quick { 1 } else { usize::MAX };
-        for (model, width) in WIDTHS.into_iter().take(count) {
+        let bytes = 2.0 * self.large[0].allocation().len() as f64;
+        let copy = json!({"family": "copy", "case": "device to device"});
+        self.time(copy, Work { flops: 0.0, bytes }, |_| self.copy())?;
+        for (model, width) in WIDTHS {
             self.norm::<bf16>(model, width)?;
             self.moments::<f32>(model, width)?;
             self.moments::<bf16>(model, width)?;
         }
-        for (model, layer, in_features, out_features) in LAYERS.into_iter().take(count) {
-            self.linear(&format!("{model} {layer}"), in_features, out_features)?;
+        for (model, layer, in_features, out_features) in LAYERS {
+            for direction in [Direction::Forward, Direction::Backward] {
+                self.linear(&format!("{model} {layer}"), direction, in_features, out_features)?;
+            }
         }
         Ok(())
     }
 
     fn rows(&self) -> usize {
-        if self.quick { 70 } else { ROWS }
+        if self.quick { 40 } else { ROWS }
     }
 
-    /// How many copies of inputs of `bytes` in all to rotate through.
+    /// A layer's width; in quick runs smaller, and still one whose rows start on 16 bytes.
+    fn layer_width(&self, full: usize) -> usize {
+        if self.quick { (full / 32).next_multiple_of(8) } else { full }
+    }
+
+    /// How many copies of inputs and outputs of `bytes` in all to rotate through.
     fn copies(&self, bytes: usize) -> usize {
         if self.quick { 1 } else { ROTATION_BYTES.div_ceil(bytes).clamp(1, 64) }
     }
 
-    /// Random numbers on the device, `[rows, width]`.
-    fn random<T: Output + From32>(&self, rows: usize, width: usize, seed: u64) -> Result<Buf<T>> {
-        // A million numbers repeated: as random as a kernel can tell, and soon made.
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut uniform = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1_u64 << 24) as f32 - 0.5
-        };
-        let period: Vec<T> = (0..(1 << 20).min(rows * width)).map(|_| T::from32(uniform())).collect();
-        let values: Vec<T> = period.iter().copied().cycle().take(rows * width).collect();
-        Buf::from_host(&self.cuda.device.memory, &values, width)
-    }
-
-    /// Times `work` and prints the line of its case. `work` gets the number of the repetition.
-    fn time(&self, case: serde_json::Value, least: Work, work: impl Fn(usize) -> Result<()>) -> Result<()> {
-        let stream = &self.cuda.device.compute;
-        let driver = |error| Error::new("the bench could not time a kernel").found(format!("{error:?}"));
-        let (warm_up, repetitions) = if self.quick { (0, 1) } else { (WARM_UP, REPETITIONS) };
-        for repetition in 0..warm_up {
-            work(repetition)?;
-        }
-        let mark = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
-        let mut times_us = Vec::new();
-        for repetition in 0..repetitions {
-            let start = mark()?;
-            work(warm_up + repetition)?;
-            let end = mark()?;
-            self.cuda.device.synchronize()?;
-            times_us.push(f64::from(start.elapsed_ms(&end).map_err(driver)?) * 1e3);
-        }
-        times_us.sort_by(f64::total_cmp);
-        let median = times_us[times_us.len() / 2];
-        let mut line = case;
-        line["median_us"] = json!(median);
-        line["min_us"] = json!(times_us[0]);
-        line["max_us"] = json!(times_us[times_us.len() - 1]);
-        line["tflops"] = json!(least.flops / median / 1e6);
-        line["gb_per_s"] = json!(least.bytes / median / 1e3);
-        println!("{line}");
-        Ok(())
+    /// `copies` arrays of random numbers.
+    fn inputs<T: Number>(&self, copies: usize, width: usize, seed: usize) -> Result<Vec<Buf<T>>> {
+        (0..copies).map(|copy| random(&self.cuda, self.rows(), width, seed + copy)).collect()
     }
 
     /// The roof of everything that is bound by memory: device to device.
     fn copy(&self) -> Result<()> {
-        let len = if self.quick { 1 << 16 } else { 1 << 28 };
-        let source = self.random::<f32>(1, len, 1)?;
-        let target = Buf::<f32>::new(&self.cuda.device.memory, 1, len)?;
-        let bytes = 4 * len;
-        self.time(
-            json!({"family": "copy", "case": "device to device"}),
-            Work { flops: 0.0, bytes: 2.0 * bytes as f64 },
-            |_| {
-                let stream = &self.cuda.device.compute;
-                let (from, to) = (source.allocation().address(), target.allocation().address());
-                // SAFETY: both buffers have `bytes` bytes.
-                let copied =
-                    unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) };
-                copied.map_err(|error| Error::new("the bench could not copy").found(format!("{error:?}")))
-            },
-        )
+        let [source, target] = [&self.large[0], &self.large[1]].map(Buf::allocation);
+        let stream = self.cuda.device.compute.cu_stream();
+        // SAFETY: both buffers have this length.
+        unsafe { memcpy_dtod_async(target.address(), source.address(), source.len(), stream) }.map_err(driver)
     }
 
-    fn norm<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
-        let rows = self.rows();
+    /// Times `work` and prints the line of its case. `work` gets the number of the repetition.
+    fn time(&self, case: Value, least: Work, work: impl Fn(usize) -> Result<()>) -> Result<()> {
+        let stream = &self.cuda.device.compute;
+        let (warm_up, repetitions, ahead) =
+            if self.quick { (0, 1, 0) } else { (WARM_UP, REPETITIONS, COPIES_AHEAD) };
+        for repetition in 0..warm_up {
+            work(repetition)?;
+        }
+        // All repetitions are asked for while the device is still copying: what the host needs for a launch is
+        // between no two events.
+        for _ in 0..ahead {
+            self.copy()?;
+        }
+        let mark = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
+        let mut marks = Vec::new();
+        for repetition in 0..repetitions {
+            let start = mark()?;
+            work(warm_up + repetition)?;
+            marks.push((start, mark()?));
+        }
+        self.cuda.device.synchronize()?;
+        let elapsed_us = |(start, end): &(_, _)| {
+            cudarc::driver::CudaEvent::elapsed_ms(start, end).map(|ms| f64::from(ms) * 1e3).map_err(driver)
+        };
+        let mut times_us = marks.iter().map(elapsed_us).collect::<Result<Vec<_>>>()?;
+        times_us.sort_by(f64::total_cmp);
+        let median = times_us[times_us.len() / 2];
+        let mut line = case;
+        for (key, value) in [
+            ("median_us", median),
+            ("min_us", times_us[0]),
+            ("max_us", times_us[times_us.len() - 1]),
+            ("flops", least.flops),
+            ("bytes", least.bytes),
+            ("tflops", least.flops / median / 1e6),
+            ("gb_per_s", least.bytes / median / 1e3),
+        ] {
+            line[key] = json!(value);
+        }
+        println!("{line}");
+        Ok(())
+    }
+
+    /// h = x + delta with y = norm(h), and dx of norm(x): x and h in float32, delta, y and dy in `T`.
+    fn norm<T: Number>(&self, model: &str, width: usize) -> Result<()> {
+        let (rows, cuda) = (self.rows(), &self.cuda);
         let spec = NormSpec { eps: 1e-6, weight_offset: 0.0 };
-        let weight = self.random::<f32>(1, width, 2)?;
-        let elements = (rows * width) as f64;
-        let copies = self.copies(rows * width * 6);
-        let x = (0..copies)
-            .map(|copy| self.random::<f32>(rows, width, 3 + copy as u64))
-            .collect::<Result<Vec<_>>>()?;
-        let delta = (0..copies)
-            .map(|copy| self.random::<T>(rows, width, 99 + copy as u64))
-            .collect::<Result<Vec<_>>>()?;
-        let size = size_of::<T>() as f64;
-        let case = |name: &str| json!({"family": "norm", "case": format!("{model} {name} {}", T::NAME), "rows": rows, "width": width});
-        self.time(
-            case("add+norm"),
-            Work { flops: 4.0 * elements, bytes: elements * (8.0 + 2.0 * size) },
-            |at| {
-                let (_h, _y): (_, Buf<T>) =
-                    self.cuda.add_norm(&x[at % copies], &delta[at % copies], &weight, spec)?;
-                Ok(())
-            },
-        )?;
-        self.time(case("backward"), Work { flops: 8.0 * elements, bytes: elements * (8.0 + size) }, |at| {
-            self.cuda.norm_backward(&x[at % copies], &weight, spec, &delta[at % copies], None).map(|_| ())
-        })
+        let weight = random::<f32>(cuda, 1, width, 2)?;
+        let (elements, size) = ((rows * width) as f64, size_of::<T>() as f64);
+        let copies = self.copies(rows * width * (4 + size_of::<T>()));
+        let x = self.inputs::<f32>(copies, width, 3)?;
+        let delta = self.inputs::<T>(copies, width, 99)?;
+        let forward = |at: usize| cuda.add_norm::<T, T>(&x[at % copies], &delta[at % copies], &weight, spec);
+        let backward =
+            |at: usize| cuda.norm_backward(&x[at % copies], &weight, spec, &delta[at % copies], None);
+        check_norm([&x[0], &weight, &forward(0)?.0, &backward(0)?], [&delta[0], &forward(0)?.1], spec)?;
+        let case = |op: &str| {
+            json!({"family": "norm", "case": format!("{model} {op}"), "op": op, "dtype": T::NAME,
+                "rows": rows, "width": width, "copies": copies})
+        };
+        let work = Work { flops: 4.0 * elements, bytes: elements * (8.0 + 2.0 * size) };
+        self.time(case("add+norm"), work, |at| forward(at).map(drop))?;
+        let work = Work { flops: 8.0 * elements, bytes: elements * (8.0 + size) };
+        self.time(case("backward"), work, |at| backward(at).map(drop))
     }
 
-    fn moments<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
+    fn moments<T: Number>(&self, model: &str, width: usize) -> Result<()> {
         let rows = self.rows();
         let copies = self.copies(rows * width * size_of::<T>());
-        let x = (0..copies)
-            .map(|copy| self.random::<T>(rows, width, 5 + copy as u64))
-            .collect::<Result<Vec<_>>>()?;
+        let x = self.inputs::<T>(copies, width, 5)?;
         // Samples of 128 tokens.
         let starts = (0..rows).step_by(128);
         let samples: Vec<_> = starts.map(|start| start..(start + 128).min(rows)).collect();
-        let case = json!({"family": "stats", "case": format!("{model} moments {}", T::NAME), "rows": rows, "width": width});
-        let bytes = (rows * width * size_of::<T>()) as f64;
         let into = std::cell::RefCell::new(self.cuda.new_moments(width)?);
-        self.time(case, Work { flops: 5.0 * (rows * width) as f64, bytes }, |at| {
-            // Whether values are finite is not waited for here.
-            let _check = self.cuda.add_moments(&x[at % copies], &samples, &mut into.borrow_mut())?;
-            Ok(())
-        })
+        // Whether values are finite is not waited for where it is timed.
+        let add = |at: usize| self.cuda.add_moments(&x[at % copies], &samples, &mut into.borrow_mut());
+        add(0)?.wait()?.map_err(|_| Error::new("random numbers are taken for infinite"))?;
+        let values = x[0].to_host()?;
+        let found = into.borrow().to_host()?;
+        for column in [0, width / 3, width - 1] {
+            let values = || values.iter().skip(column).step_by(width).map(|value| (*value).into());
+            let size: f64 = values().map(f64::abs).sum();
+            let place = |what| format!("{what}, column {column}");
+            near("a sum", || place("v"), found.sum[column], values().sum(), size * 1e-6)?;
+            near("a sum", || place("|v|"), found.sum_abs[column], size, size * 1e-6)?;
+            near("a sum", || place("v²"), found.sum_sq[column], values().map(|v| v * v).sum(), size * 1e-6)?;
+        }
+        let case = json!({"family": "stats", "case": format!("{model} moments"), "op": "moments",
+            "dtype": T::NAME, "rows": rows, "width": width, "copies": copies});
+        let elements = (rows * width) as f64;
+        let work = Work { flops: 5.0 * elements, bytes: elements * size_of::<T>() as f64 };
+        self.time(case, work, |at| add(at).map(drop))
     }
 
-    fn linear(&self, name: &str, in_features: usize, out_features: usize) -> Result<()> {
-        let rows = self.rows();
-        let (in_features, out_features) =
-            if self.quick { (in_features / 7, out_features / 9) } else { (in_features, out_features) };
-        let weight = self.random::<bf16>(out_features, in_features, 7)?;
-        let flops = 2.0 * (rows * in_features * out_features) as f64;
-        let bytes = 2.0 * (rows * in_features + in_features * out_features + rows * out_features) as f64;
-        for backward in [false, true] {
-            let (from, to) = if backward { (out_features, in_features) } else { (in_features, out_features) };
-            let copies = self.copies(2 * rows * (from + to)).min(4);
-            let x = (0..copies)
-                .map(|copy| self.random::<bf16>(rows, from, 8 + copy as u64))
-                .collect::<Result<Vec<_>>>()?;
-            let y = (0..copies)
-                .map(|_| Buf::<bf16>::new(&self.cuda.device.memory, rows, to))
-                .collect::<Result<Vec<_>>>()?;
-            let product = |at: usize| match backward {
-                false => self.cuda.linear_forward(&x[at % copies], &weight, None, &y[at % copies]),
-                true => self.cuda.linear_backward(&x[at % copies], &weight, None, &y[at % copies]),
+    fn linear(
+        &self,
+        name: &str,
+        direction: Direction,
+        in_features: usize,
+        out_features: usize,
+    ) -> Result<()> {
+        let (in_features, out_features) = (self.layer_width(in_features), self.layer_width(out_features));
+        let shape = Shape { rows: self.rows(), in_features, out_features };
+        let (rows, info) = (shape.rows, &self.cuda.device.info);
+        let (op, from, to) = match direction {
+            Direction::Forward => ("forward", in_features, out_features),
+            Direction::Backward => ("backward", out_features, in_features),
+        };
+        let copies = self.copies(2 * rows * (from + to));
+        let weight = random::<bf16>(&self.cuda, out_features, in_features, 7)?;
+        let x = self.inputs::<bf16>(copies, from, 8)?;
+        let memory = &self.cuda.device.memory;
+        let y = (0..copies).map(|_| Buf::<bf16>::new(memory, rows, to)).collect::<Result<Vec<_>>>()?;
+        let chosen = Tile::choose(info, direction, shape);
+        // Where wgmma is chosen: what the kernel that runs on every device would do here.
+        let other = (info.compute_capability == (9, 0)).then_some(Tile::Large);
+        for tile in [Some(chosen), other.filter(|tile| *tile != chosen)].into_iter().flatten() {
+            let product = |at: usize| {
+                let (x, y) = (&x[at % copies], &y[at % copies]);
+                match direction {
+                    Direction::Forward => self.cuda.linear_forward_with(tile, x, &weight, None, y),
+                    Direction::Backward => self.cuda.linear_backward_with(tile, x, &weight, None, y),
+                }
             };
+            self.poison(&y[0])?;
             product(0)?;
-            check(&x[0], &weight, &y[0], backward)?;
-            let direction = if backward { "backward" } else { "forward" };
-            let case = json!({"family": "linear", "case": format!("{name} {direction}"), "rows": rows,
-                "in": in_features, "out": out_features, "direction": direction});
-            self.time(case, Work { flops, bytes }, product)?;
+            check_product(&x[0], &weight, &y[0], direction)?;
+            let case = json!({"family": "linear", "case": format!("{name} {op}"), "op": op, "dtype": "bf16",
+                "rows": rows, "in": in_features, "out": out_features, "copies": copies,
+                "kernel": kernel_of(tile), "chosen": tile == chosen});
+            let work = Work {
+                flops: 2.0 * (rows * in_features * out_features) as f64,
+                bytes: 2.0 * (rows * (in_features + out_features) + in_features * out_features) as f64,
+            };
+            self.time(case, work, product)?;
         }
         Ok(())
     }
+
+    /// Makes every element NaN: what a kernel leaves out shows.
+    fn poison(&self, buf: &Buf<bf16>) -> Result<()> {
+        let (all, stream) = (buf.allocation(), self.cuda.device.compute.cu_stream());
+        // SAFETY: the allocation has this length.
+        unsafe { memset_d8_async(all.address(), 0xff, all.len(), stream) }.map_err(driver)
+    }
+}
+
+/// A tile by its instructions and size.
+fn kernel_of(tile: Tile) -> &'static str {
+    match tile {
+        Tile::Large => "mma.sync 128x128",
+        Tile::Small => "mma.sync 64x64",
+        Tile::Unaligned => "mma.sync 64x64, plain loads",
+        Tile::Narrow => "wgmma 128x128",
+        Tile::Wide => "wgmma 128x256",
+    }
+}
+
+/// Random numbers on the device, `[rows, width]`.
+fn random<T: Number>(cuda: &Cuda, rows: usize, width: usize, seed: usize) -> Result<Buf<T>> {
+    // A million numbers repeated: as random as a kernel can tell, and soon made.
+    let mut state = (seed as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1_u64 << 24) as f32 - 0.5
+    };
+    let period: Vec<T> = (0..(1 << 20).min(rows * width)).map(|_| T::from32(uniform())).collect();
+    let values: Vec<T> = period.iter().copied().cycle().take(rows * width).collect();
+    Buf::from_host(&cuda.device.memory, &values, width)
+}
+
+/// NaN is not near.
+fn near(what: &str, place: impl Fn() -> String, found: f64, wanted: f64, tolerance: f64) -> Result<()> {
+    if (found - wanted).abs() <= tolerance {
+        return Ok(());
+    }
+    Err(Error::new(format!("{what} is wrong"))
+        .at(place())
+        .expected(format!("{wanted} ± {tolerance:e}"))
+        .found(found))
 }
 
 /// Some outputs of a product against float64.
-fn check(x: &Buf<bf16>, weight: &Buf<bf16>, y: &Buf<bf16>, backward: bool) -> Result<()> {
+fn check_product(x: &Buf<bf16>, weight: &Buf<bf16>, y: &Buf<bf16>, direction: Direction) -> Result<()> {
     let (from, to, in_features) = (x.width(), y.width(), weight.width());
     let (x, weight, y) = (x.to_host()?, weight.to_host()?, y.to_host()?);
     for probe in 0..64 {
         let (row, column) = ((probe * 7919) % (y.len() / to), (probe * 104_729) % to);
-        let weight_at = |k: usize| {
-            if backward { weight[k * in_features + column] } else { weight[column * in_features + k] }
+        let weight_at = |k: usize| match direction {
+            Direction::Forward => weight[column * in_features + k],
+            Direction::Backward => weight[k * in_features + column],
         };
         let terms = (0..from).map(|k| x[row * from + k].to_f64() * weight_at(k).to_f64());
         let (wanted, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-        let found = y[row * to + column].to_f64();
-        // Half a bfloat16 unit of the result, and float32 sums.
-        let tolerance = wanted.abs() / 256.0 + size * 1e-5;
-        if (found - wanted).abs() > tolerance || found.is_nan() {
-            return Err(Error::new("a product is wrong")
-                .at(format!("row {row}, column {column}"))
-                .expected(wanted)
-                .found(found));
+        // A bfloat16 result of float32 sums.
+        let tolerance = wanted.abs() * BF16_ROUNDING + size * 1e-5;
+        let place = || format!("row {row}, column {column}");
+        near("a product", place, y[row * to + column].to_f64(), wanted, tolerance)?;
+    }
+    Ok(())
+}
+
+/// Some rows of h, y and dx against float64.
+fn check_norm<T: Number>(
+    [x, weight, h, dx]: [&Buf<f32>; 4],
+    [delta, y]: [&Buf<T>; 2],
+    spec: NormSpec,
+) -> Result<()> {
+    let width = weight.width();
+    let [x, weight, h, dx] = [x.to_host()?, weight.to_host()?, h.to_host()?, dx.to_host()?];
+    let [delta, y] = [delta.to_host()?, y.to_host()?];
+    let inverse_root = |row: &[f32]| {
+        let squares: f64 = row.iter().map(|v| f64::from(*v).powi(2)).sum();
+        1.0 / (squares / width as f64 + f64::from(spec.eps)).sqrt()
+    };
+    let rows = x.len() / width;
+    for row in [0, rows / 2, rows - 1] {
+        let all = row * width..(row + 1) * width;
+        let r_h = inverse_root(&h[all.clone()]);
+        let r = inverse_root(&x[all.clone()]);
+        let at = |i: usize| (f64::from(x[i]), f64::from(weight[i % width]), delta[i].into());
+        let dot: f64 = all.clone().map(at).map(|(x, w, dy)| x * w * dy).sum();
+        for i in all {
+            let (x, w, d) = at(i);
+            let place = || format!("row {row}, column {}", i % width);
+            near("a sum", place, h[i].into(), x + d, 1e-6)?;
+            let wanted = f64::from(h[i]) * r_h * w;
+            near("a norm", place, y[i].into(), wanted, wanted.abs() * BF16_ROUNDING + 1e-6)?;
+            let wanted = r * w * d - x * r.powi(3) / width as f64 * dot;
+            near("a norm's gradient", place, dx[i].into(), wanted, 1e-5)?;
         }
     }
     Ok(())
 }
 
-/// Rounds from float32.
-trait From32: Copy {
+/// What arrays hold here: rounded from float32, and exact in float64.
+trait Number: Output + Into<f64> {
     fn from32(value: f32) -> Self;
 }
 
-impl From32 for f32 {
+impl Number for f32 {
     fn from32(value: f32) -> Self {
         value
     }
 }
 
-impl From32 for bf16 {
+impl Number for bf16 {
     fn from32(value: f32) -> Self {
         Self::from_f32(value)
     }

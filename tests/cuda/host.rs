@@ -195,7 +195,7 @@ fn an_entry_point_that_is_not_there() {
 fn compiled_kernels_are_kept_and_damage_is_repaired() {
     let Some(machine) = machine() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let code = if machine.emulated() { Code::Ptx } else { Code::Cubin };
+    let code = machine.code;
     let load = |text: &'static str| {
         let sources = Sources::embedded().and("scale.cu", text);
         let modules = ModuleSpec { sources, code, cache: Some(folder.path().to_owned()) };

@@ -124,6 +124,8 @@ pub fn skip_or_panic(reason: &str) {
 /// An open device.
 pub struct Machine {
     pub cuda: Cuda,
+    /// What its driver is handed.
+    pub code: Code,
     stand_in: Option<&'static StandIn>,
     _turn: MutexGuard<'static, ()>,
 }
@@ -145,12 +147,18 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
             return None;
         }
     };
-    let code = if stand_in.is_some() { Code::Ptx } else { Code::Cubin };
-    // Processes of these tests find there what others have compiled.
-    let cache = Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels"));
-    let modules = ModuleSpec { sources, code, cache };
+    let modules = match stand_in {
+        // Processes of these tests find there what others have compiled.
+        Some(_) => {
+            let cache = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+            ModuleSpec { sources, code: Code::Ptx, cache: Some(cache) }
+        }
+        // Compiled kernels are kept (GRADLENS_CACHE), so that not every test on a GPU compiles its own.
+        None => ModuleSpec { sources, ..ModuleSpec::from_environment().unwrap() },
+    };
+    let code = modules.code;
     let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules }).unwrap();
-    let machine = Machine { cuda, stand_in, _turn: turn };
+    let machine = Machine { cuda, code, stand_in, _turn: turn };
     machine.schedule(Schedule::PLAIN);
     Some(machine)
 }
