@@ -8,9 +8,8 @@ use std::env;
 use std::process::ExitCode;
 
 use cudarc::driver::sys::CUevent_flags;
-use gradlens::backend::cuda::linear::Output;
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc};
+use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc, Real};
 use gradlens::error::{Error, Result};
 use half::bf16;
 use serde_json::json;
@@ -113,7 +112,7 @@ impl Bench {
     }
 
     /// Random numbers on the device, `[rows, width]`.
-    fn random<T: Output + From32>(&self, rows: usize, width: usize, seed: u64) -> Result<Buf<T>> {
+    fn random<T: Real + From32>(&self, rows: usize, width: usize, seed: u64) -> Result<Buf<T>> {
         // A million numbers repeated: as random as a kernel can tell, and soon made.
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut uniform = || {
@@ -176,7 +175,7 @@ impl Bench {
         )
     }
 
-    fn norm<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
+    fn norm<T: Real + From32>(&self, model: &str, width: usize) -> Result<()> {
         let rows = self.rows();
         let spec = NormSpec { eps: 1e-6, weight_offset: 0.0 };
         let weight = self.random::<f32>(1, width, 2)?;
@@ -204,7 +203,7 @@ impl Bench {
         })
     }
 
-    fn moments<T: Output + From32>(&self, model: &str, width: usize) -> Result<()> {
+    fn moments<T: Real + From32>(&self, model: &str, width: usize) -> Result<()> {
         let rows = self.rows();
         let copies = self.copies(rows * width * size_of::<T>());
         let x = (0..copies)
@@ -236,19 +235,17 @@ impl Bench {
             let x = (0..copies)
                 .map(|copy| self.random::<bf16>(rows, from, 8 + copy as u64))
                 .collect::<Result<Vec<_>>>()?;
-            let y = (0..copies)
-                .map(|_| Buf::<bf16>::new(&self.cuda.device.memory, rows, to))
-                .collect::<Result<Vec<_>>>()?;
-            let product = |at: usize| match backward {
-                false => self.cuda.linear_forward(&x[at % copies], &weight, None, &y[at % copies]),
-                true => self.cuda.linear_backward(&x[at % copies], &weight, None, &y[at % copies]),
+            let product = |at: usize| -> Result<Buf<bf16>> {
+                match backward {
+                    false => self.cuda.linear_forward(&x[at % copies], &weight, None),
+                    true => self.cuda.linear_backward_as(&x[at % copies], &weight, None),
+                }
             };
-            product(0)?;
-            check(&x[0], &weight, &y[0], backward)?;
+            check(&x[0], &weight, &product(0)?, backward)?;
             let direction = if backward { "backward" } else { "forward" };
             let case = json!({"family": "linear", "case": format!("{name} {direction}"), "rows": rows,
                 "in": in_features, "out": out_features, "direction": direction});
-            self.time(case, Work { flops, bytes }, product)?;
+            self.time(case, Work { flops, bytes }, |at| product(at).map(|_| ()))?;
         }
         Ok(())
     }

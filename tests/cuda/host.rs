@@ -121,7 +121,7 @@ fn an_upload_is_seen_after_its_event_and_not_before() {
     let x = Buf::from_host(&device.memory, &vec![0.0_f32; values.len()], values.len()).unwrap();
     let y = Buf::<f32>::new(&device.memory, 1, values.len()).unwrap();
     let ready = device.compute.record_event(None).unwrap();
-    staging.upload(&bytes, x.allocation(), &ready).unwrap();
+    let upload = staging.upload(&bytes, x.allocation(), &ready).unwrap();
     if machine.emulated() {
         // The stand-in driver delays what nothing waits for, so a forgotten wait shows. (The first pieces are
         // there already: their pinned buffers were needed again.)
@@ -130,13 +130,13 @@ fn an_upload_is_seen_after_its_event_and_not_before() {
         assert_eq!(stale[..4], values[..4].iter().map(|v| 2.0 * v).collect::<Vec<_>>());
         assert_eq!(stale[values.len() - 1], 0.0);
     }
-    device.compute.wait(&staging.sent().unwrap()).unwrap();
+    upload.wait_on(&device.compute).unwrap();
     scale(&machine, &x, &y, 128).unwrap();
     let wanted: Vec<f32> = values.iter().map(|v| 2.0 * v).collect();
     assert!(y.to_host().unwrap() == wanted);
 
     let small = Buf::<f32>::new(&device.memory, 1, 2).unwrap();
-    let error = staging.upload(&bytes, small.allocation(), &ready).unwrap_err().to_string();
+    let error = staging.upload(&bytes, small.allocation(), &ready).err().unwrap().to_string();
     assert!(error.contains("larger than its target") && error.contains("at most 8 bytes"), "{error}");
 }
 

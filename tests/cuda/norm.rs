@@ -1,7 +1,7 @@
 //! RMSNorm against float64.
 
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Element};
+use gradlens::backend::cuda::{Buf, Real};
 
 use super::faults::{Build, Fault, WRONG};
 use super::machine::{Machine, Random, machine};
@@ -100,7 +100,7 @@ const SHAPES: [(usize, usize); 12] = [
 const EPS: f32 = 1e-5;
 
 /// An element type and how finely it rounds.
-trait Checked: Element + PartialEq {
+trait Checked: Real + PartialEq {
     /// Half a unit in the last place, relative; for float32 with the sums of squares and the reciprocal root.
     const ROUNDING: f64;
     fn of(value: f32) -> Self;

@@ -7,9 +7,14 @@ use half::bf16;
 
 use super::Cuda;
 use super::device::DeviceInfo;
-use super::launch::{Launch, TensorMap};
-use super::memory::{Buf, Element};
+use super::element::Real;
+use super::launch::{Launch, TensorMap, int};
+use super::memory::Buf;
+use super::tensor_map::Swizzle;
 use crate::error::Result;
+
+/// in and out are smaller: the kernels' own limit.
+const MAX_FEATURES: usize = 1 << 24;
 
 /// Which of a layer's two products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,19 +54,24 @@ pub enum Tile {
 impl Tile {
     /// The kernel for a product.
     pub fn choose(info: &DeviceInfo, direction: Direction, shape: Shape) -> Self {
-        let Shape { in_features, out_features, .. } = shape;
-        let aligned = match direction {
-            Direction::Forward => in_features % 8 == 0,
-            Direction::Backward => in_features % 8 == 0 && out_features % 8 == 0,
-        };
         let tiles: &[Self] = match info.compute_capability {
-            _ if !aligned => &[Self::Unaligned],
+            _ if !Self::Small.reads(direction, shape) => &[Self::Unaligned],
             (9, 0) => &[Self::Wide, Self::Narrow],
             _ => &[Self::Large, Self::Small],
         };
         let time = |tile: &Self| tile.time(direction, shape, info.multiprocessors);
         let best = tiles.iter().min_by(|a, b| time(a).total_cmp(&time(b)));
         *best.unwrap_or(&Self::Unaligned)
+    }
+
+    /// Whether the kernel can read a product's rows: all but one fetch 16 bytes at a time.
+    pub fn reads(self, direction: Direction, shape: Shape) -> bool {
+        let Shape { in_features, out_features, .. } = shape;
+        match (self, direction) {
+            (Self::Unaligned, _) => true,
+            (_, Direction::Forward) => in_features % 8 == 0,
+            (_, Direction::Backward) => in_features % 8 == 0 && out_features % 8 == 0,
+        }
     }
 
     /// Rows and columns of a tile.
@@ -112,7 +122,7 @@ impl Tile {
     }
 
     /// The kernel's file and name.
-    fn entry<Y: Output>(self, direction: Direction) -> (&'static str, &'static str) {
+    fn entry<Y: Real>(self, direction: Direction) -> (&'static str, &'static str) {
         let names = match (direction, self) {
             (Direction::Forward, Self::Large) => ["linear_forward_f32", "linear_forward_bf16"],
             (Direction::Forward, Self::Small) => ["linear_forward_small_f32", "linear_forward_small_bf16"],
@@ -134,7 +144,8 @@ impl Tile {
             }
         };
         let file = if self.has_maps() { "linear_sm90.cu" } else { "linear.cu" };
-        (file, names[Y::INDEX])
+        let [f32, bf16] = names;
+        (file, Y::FORMAT.pick(f32, bf16))
     }
 
     /// Whether the operands are fetched by the copy engine.
@@ -153,47 +164,45 @@ impl Direction {
     }
 }
 
-/// What a product can be stored as.
-pub trait Output: Element {
-    /// In lists of `f32` and `bf16`.
-    const INDEX: usize;
-    /// A pointer to it, y and dx, as the kernels declare it.
-    const DECLARATIONS: [&'static str; 2];
+impl Shape {
+    /// Of the product with a layer's weight, `[out, in]`, for so many rows.
+    fn of(rows: usize, weight: &Buf<bf16>) -> Self {
+        Self { rows, in_features: weight.width(), out_features: weight.rows() }
+    }
 }
 
-impl Output for f32 {
-    const INDEX: usize = 0;
-    const DECLARATIONS: [&'static str; 2] = ["float* y", "float* dx"];
-}
-
-impl Output for bf16 {
-    const INDEX: usize = 1;
-    const DECLARATIONS: [&'static str; 2] = ["bf16* y", "bf16* dx"];
+/// What a product is made of besides the weight: each with its declaration, which differs by direction.
+struct Operands<'a, T> {
+    left: &'a Buf<bf16>,
+    left_pointer: &'static str,
+    left_map: &'static str,
+    added: Option<&'a Buf<f32>>,
+    added_pointer: &'static str,
+    result: &'a Buf<T>,
+    result_pointer: &'static str,
 }
 
 impl Cuda {
-    /// y = x · weightᵀ + bias. x `[N, in]` · weight `[out, in]` · bias `[out]` → y `[N, out]`
+    /// y = x · weightᵀ + bias. x `[N, in]` · weight `[out, in]` · bias `[1, out]` → y `[N, out]`
     ///
     /// # Errors
     ///
-    /// The kernels cannot be had, or the driver refuses the launch.
+    /// The device's memory is exhausted, the kernels cannot be had, or the driver refuses the launch.
     ///
     /// # Panics
     ///
-    /// The shapes do not match.
-    pub fn linear_forward<Y: Output>(
+    /// The shapes do not match, or in or out are 0 or not below 2²⁴.
+    pub fn linear_forward<Y: Real>(
         &self,
         x: &Buf<bf16>,
         weight: &Buf<bf16>,
         bias: Option<&Buf<f32>>,
-        y: &Buf<Y>,
-    ) -> Result<()> {
-        let shape = Shape { rows: x.rows(), in_features: weight.width(), out_features: weight.rows() };
-        let tile = Tile::choose(&self.device.info, Direction::Forward, shape);
-        self.linear_forward_with(tile, x, weight, bias, y)
+    ) -> Result<Buf<Y>> {
+        let tile = Tile::choose(&self.device.info, Direction::Forward, Shape::of(x.rows(), weight));
+        self.linear_forward_with(tile, x, weight, bias)
     }
 
-    /// [`Cuda::linear_forward`] by a kernel of the caller's choice, which must be able to read the rows.
+    /// [`Cuda::linear_forward`] by a kernel of the caller's choice.
     ///
     /// # Errors
     ///
@@ -201,51 +210,94 @@ impl Cuda {
     ///
     /// # Panics
     ///
-    /// As there.
-    pub fn linear_forward_with<Y: Output>(
+    /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
+    pub fn linear_forward_with<Y: Real>(
         &self,
         tile: Tile,
         x: &Buf<bf16>,
         weight: &Buf<bf16>,
         bias: Option<&Buf<f32>>,
-        y: &Buf<Y>,
-    ) -> Result<()> {
-        let shape = Shape { rows: x.rows(), in_features: weight.width(), out_features: weight.rows() };
+    ) -> Result<Buf<Y>> {
+        let shape = Shape::of(x.rows(), weight);
         assert_eq!(x.width(), shape.in_features, "a linear layer's input and weight");
-        assert_eq!((y.rows(), y.width()), (shape.rows, shape.out_features), "a linear layer's output");
-        assert!(bias.is_none_or(|bias| bias.width() == shape.out_features), "a linear layer's bias");
-        let declarations = [
-            "const bf16* x",
-            "const TensorMap x",
-            "const float* bias",
-            Y::DECLARATIONS[Direction::Forward as usize],
-        ];
-        self.product(tile, Direction::Forward, shape, declarations, [x, weight], bias, y)
+        let bias_size = (1, shape.out_features);
+        assert!(bias.is_none_or(|bias| (bias.rows(), bias.width()) == bias_size), "a linear layer's bias");
+        let y = Buf::new(&self.device.memory, shape.rows, shape.out_features)?;
+        let operands = Operands {
+            left: x,
+            left_pointer: "const bf16* x",
+            left_map: "const TensorMap x",
+            added: bias,
+            added_pointer: "const float* bias",
+            result: &y,
+            result_pointer: Y::FORMAT.pick("float* y", "bf16* y"),
+        };
+        self.product(tile, Direction::Forward, shape, weight, operands)?;
+        Ok(y)
     }
 
-    /// dx = dy · weight + addend, where the addend may be dx itself.
-    /// dy `[N, out]` · weight `[out, in]` · addend `[N, in]` → dx `[N, in]`
+    /// dx += dy · weight, in place; `None`: there is nothing so far.
+    /// dy `[N, out]` · weight `[out, in]` → dx `[N, in]`
     ///
     /// # Errors
     ///
-    /// The kernels cannot be had, or the driver refuses the launch.
+    /// As [`Cuda::linear_forward`].
     ///
     /// # Panics
     ///
-    /// The shapes do not match.
-    pub fn linear_backward<X: Output>(
+    /// As there.
+    pub fn linear_backward(
+        &self,
+        dy: &Buf<bf16>,
+        weight: &Buf<bf16>,
+        dx: Option<Buf<f32>>,
+    ) -> Result<Buf<f32>> {
+        let tile = Tile::choose(&self.device.info, Direction::Backward, Shape::of(dy.rows(), weight));
+        self.linear_backward_with(tile, dy, weight, dx)
+    }
+
+    /// [`Cuda::linear_backward`] by a kernel of the caller's choice.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    ///
+    /// # Panics
+    ///
+    /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
+    pub fn linear_backward_with(
+        &self,
+        tile: Tile,
+        dy: &Buf<bf16>,
+        weight: &Buf<bf16>,
+        dx: Option<Buf<f32>>,
+    ) -> Result<Buf<f32>> {
+        let Some(dx) = dx else { return self.linear_backward_as_with(tile, dy, weight, None) };
+        self.product_backward(tile, dy, weight, Some(&dx), &dx)?;
+        Ok(dx)
+    }
+
+    /// dy · weight + addend as a tensor of its own, rounded once.
+    /// dy `[N, out]` · weight `[out, in]` · addend `[N, in]` → `[N, in]`
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::linear_forward`].
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn linear_backward_as<X: Real>(
         &self,
         dy: &Buf<bf16>,
         weight: &Buf<bf16>,
         addend: Option<&Buf<f32>>,
-        dx: &Buf<X>,
-    ) -> Result<()> {
-        let shape = Shape { rows: dy.rows(), in_features: weight.width(), out_features: weight.rows() };
-        let tile = Tile::choose(&self.device.info, Direction::Backward, shape);
-        self.linear_backward_with(tile, dy, weight, addend, dx)
+    ) -> Result<Buf<X>> {
+        let tile = Tile::choose(&self.device.info, Direction::Backward, Shape::of(dy.rows(), weight));
+        self.linear_backward_as_with(tile, dy, weight, addend)
     }
 
-    /// [`Cuda::linear_backward`] by a kernel of the caller's choice, which must be able to read the rows.
+    /// [`Cuda::linear_backward_as`] by a kernel of the caller's choice.
     ///
     /// # Errors
     ///
@@ -253,8 +305,20 @@ impl Cuda {
     ///
     /// # Panics
     ///
-    /// As there.
-    pub fn linear_backward_with<X: Output>(
+    /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
+    pub fn linear_backward_as_with<X: Real>(
+        &self,
+        tile: Tile,
+        dy: &Buf<bf16>,
+        weight: &Buf<bf16>,
+        addend: Option<&Buf<f32>>,
+    ) -> Result<Buf<X>> {
+        let dx = Buf::new(&self.device.memory, dy.rows(), weight.width())?;
+        self.product_backward(tile, dy, weight, addend, &dx)?;
+        Ok(dx)
+    }
+
+    fn product_backward<X: Real>(
         &self,
         tile: Tile,
         dy: &Buf<bf16>,
@@ -262,39 +326,51 @@ impl Cuda {
         addend: Option<&Buf<f32>>,
         dx: &Buf<X>,
     ) -> Result<()> {
-        let shape = Shape { rows: dy.rows(), in_features: weight.width(), out_features: weight.rows() };
+        let shape = Shape::of(dy.rows(), weight);
         let size = (shape.rows, shape.in_features);
         assert_eq!(dy.width(), shape.out_features, "a linear layer's output gradient and weight");
-        assert_eq!((dx.rows(), dx.width()), size, "a linear layer's input gradient");
-        assert!(addend.is_none_or(|addend| (addend.rows(), addend.width()) == size), "an addend");
-        let declarations = [
-            "const bf16* dy",
-            "const TensorMap dy",
-            "const float* addend",
-            X::DECLARATIONS[Direction::Backward as usize],
-        ];
-        self.product(tile, Direction::Backward, shape, declarations, [dy, weight], addend, dx)
+        assert!(
+            addend.is_none_or(|addend| (addend.rows(), addend.width()) == size),
+            "a linear layer's input gradient so far"
+        );
+        let operands = Operands {
+            left: dy,
+            left_pointer: "const bf16* dy",
+            left_map: "const TensorMap dy",
+            added: addend,
+            added_pointer: "const float* addend",
+            result: dx,
+            result_pointer: X::FORMAT.pick("float* dx", "bf16* dx"),
+        };
+        self.product(tile, Direction::Backward, shape, weight, operands)
     }
 
-    /// `declarations`: of the left operand as a pointer and as a map, of what is added, and of the result.
-    #[allow(clippy::too_many_arguments)]
-    fn product<T: Output>(
+    /// The callers have compared the operands' sizes with the shape.
+    fn product<T: Real>(
         &self,
         tile: Tile,
         direction: Direction,
         shape: Shape,
-        declarations: [&'static str; 4],
-        [left, weight]: [&Buf<bf16>; 2],
-        added: Option<&Buf<f32>>,
-        result: &Buf<T>,
+        weight: &Buf<bf16>,
+        operands: Operands<T>,
     ) -> Result<()> {
+        let Shape { rows, in_features, out_features } = shape;
+        let limits = 1..MAX_FEATURES;
+        assert!(
+            limits.contains(&in_features) && limits.contains(&out_features),
+            "a layer's sizes: {shape:?}"
+        );
+        assert!(tile.reads(direction, shape), "{tile:?} cannot read the rows of {shape:?}");
         let tiles = tile.count(direction, shape);
+        // Kernels number tiles, and rows to the end of the last tile, by int.
+        let _ = (int(tiles), int(rows.next_multiple_of(tile.size().0)));
         if tiles == 0 {
             return Ok(());
         }
         let (file, name) = tile.entry::<T>(direction);
         let kernel = self.kernel(file, name)?;
-        let [left_pointer, left_map, added_pointer, result_pointer] = declarations;
+        let Operands { left, left_pointer, left_map, added, added_pointer, result, result_pointer } =
+            operands;
         let launch = if tile.has_maps() {
             kernel.allow_shared_bytes(tile.shared_bytes())?;
             let weight_rows = match direction {
@@ -303,8 +379,8 @@ impl Cuda {
             };
             let blocks = tiles.min(self.device.info.multiprocessors as usize);
             Launch::new(&kernel, blocks, tile.threads())
-                .arg(left_map, TensorMap::of(left, tile.size().0 as u32)?)
-                .arg("const TensorMap weight", TensorMap::of(weight, weight_rows as u32)?)
+                .arg(left_map, TensorMap::of(left, tile.size().0 as u32, Swizzle::B128)?)
+                .arg("const TensorMap weight", TensorMap::of(weight, weight_rows as u32, Swizzle::B128)?)
         } else {
             Launch::new(&kernel, tiles, tile.threads())
                 .arg(left_pointer, left)
@@ -314,10 +390,10 @@ impl Cuda {
             .shared_bytes(tile.shared_bytes())
             .arg(added_pointer, added)
             .arg(result_pointer, result)
-            .arg("int rows", shape.rows as i32)
-            .arg("int in_features", shape.in_features as i32)
-            .arg("int out_features", shape.out_features as i32);
-        // SAFETY: the callers compared all shapes; buffers are freed in the order of the compute stream.
+            .arg("int rows", int(rows))
+            .arg("int in_features", int(in_features))
+            .arg("int out_features", int(out_features));
+        // SAFETY: all shapes were compared, and the kernel can read rows that start where these do.
         unsafe { launch.on(&self.device.compute) }
     }
 }
@@ -356,6 +432,18 @@ mod tests {
             assert_eq!(chosen(capability, Direction::Forward, [512, 897, 896]), Tile::Unaligned);
             assert_eq!(chosen(capability, Direction::Backward, [512, 896, 897]), Tile::Unaligned);
             assert_ne!(chosen(capability, Direction::Forward, [512, 896, 897]), Tile::Unaligned);
+        }
+    }
+
+    #[test]
+    fn what_is_chosen_can_be_read() {
+        for direction in [Direction::Forward, Direction::Backward] {
+            for (in_features, out_features) in [(8, 8), (8, 9), (9, 8), (9, 9), (896, 4864)] {
+                for capability in [(8, 0), (9, 0)] {
+                    let tile = chosen(capability, direction, [100, in_features, out_features]);
+                    assert!(tile.reads(direction, Shape { rows: 100, in_features, out_features }));
+                }
+            }
         }
     }
 
