@@ -1,7 +1,11 @@
 //! Linear layers: every kernel against float64, on shapes that end inside tiles and use each stage of the ring
 //! more than once.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use gradlens::backend::cuda::launch::{Launch, TensorMap};
 use gradlens::backend::cuda::linear::{Direction, Shape, Tile};
+use gradlens::backend::cuda::tensor_map::Swizzle;
 use gradlens::backend::cuda::{Buf, Real};
 use half::bf16;
 
@@ -185,6 +189,26 @@ fn same_bits(machine: &Machine, wanted: &[Tile]) {
             let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, true));
             layer.check(tile, &found, true);
         }
+        if !faults::is_planted() {
+            other_outputs_have_the_same_bits(machine, tile);
+        }
+    }
+}
+
+/// Rounded outputs, nothing added, and sums in place, on shapes that are soon done.
+fn other_outputs_have_the_same_bits(machine: &Machine, tile: Tile) {
+    for (direction, sizes) in [(Direction::Forward, [66, 200, 72]), (Direction::Backward, [66, 72, 200])] {
+        let layer = Layer::new(direction, sizes);
+        for with_added in [true, false] {
+            let found = machine.same_under_all_schedules(|| layer.run::<bf16>(machine, tile, with_added));
+            layer.check(tile, &found, with_added);
+        }
+        let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, false));
+        layer.check(tile, &found, false);
+        if direction == Direction::Backward {
+            let found = machine.same_under_all_schedules(|| layer.run_in_place(machine, tile));
+            layer.check(tile, &found, true);
+        }
     }
 }
 
@@ -258,4 +282,58 @@ fn no_rows_is_no_work() {
         let layer = Layer::new(Direction::Forward, [0, 8, 8]);
         assert!(layer.run::<f32>(&machine, tile, true).is_empty());
     }
+}
+
+#[test]
+fn a_kernel_that_cannot_read_the_rows_is_not_launched() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine).into_iter().filter(|tile| *tile != Tile::Unaligned) {
+        for (direction, sizes) in [
+            (Direction::Forward, [4, 9, 8]),
+            (Direction::Backward, [4, 9, 8]),
+            (Direction::Backward, [4, 8, 9]),
+        ] {
+            let layer = Layer::new(direction, sizes);
+            let product = || layer.run::<f32>(&machine, tile, true);
+            assert!(catch_unwind(AssertUnwindSafe(product)).is_err(), "{tile:?} {direction:?} {sizes:?}");
+        }
+    }
+}
+
+/// The kernels expect the 128-byte swizzle of the maps: with none the product is wrong, and the boxes are too
+/// wide for one of 64 bytes.
+#[test]
+fn another_swizzle_is_noticed() {
+    let Some(machine) = machine() else { return };
+    if !tiles(&machine).contains(&Tile::Narrow) {
+        return;
+    }
+    let layer = Layer::new(Direction::Forward, [130, 136, 72]);
+    let Shape { rows, in_features, out_features } = layer.shape;
+    let (x, weight, bias) = layer.on_device(&machine);
+    let kernel = machine.cuda.kernel("linear_sm90.cu", "linear_forward_sm90_f32").unwrap();
+    let product = |swizzle: Swizzle| -> gradlens::error::Result<Vec<f32>> {
+        let y = Buf::<f32>::new(&machine.cuda.device.memory, rows, out_features)?;
+        let shared_bytes = 6 * ((128 + 128) * 64 * 2 + 2 * 8);
+        kernel.allow_shared_bytes(shared_bytes)?;
+        let launch = Launch::new(&kernel, 2, 384)
+            .shared_bytes(shared_bytes)
+            .arg("const TensorMap x", TensorMap::of(&x, 128, swizzle)?)
+            .arg("const TensorMap weight", TensorMap::of(&weight, 128, swizzle)?)
+            .arg("const float* bias", &bias)
+            .arg("float* y", &y)
+            .arg("int rows", rows as i32)
+            .arg("int in_features", in_features as i32)
+            .arg("int out_features", out_features as i32);
+        // SAFETY: the operands of this shape; both maps have the boxes that the kernel expects.
+        unsafe { launch.on(&machine.cuda.device.compute) }?;
+        y.to_host()
+    };
+    let right = product(Swizzle::B128).unwrap();
+    layer.check(Tile::Narrow, &right, true);
+    let wrong = product(Swizzle::Plain).unwrap();
+    let (wanted, _) = layer.wanted(true);
+    assert!(relative_error(wrong.iter().map(|v| f64::from(*v)), &wanted) > 0.1);
+    let error = product(Swizzle::B64).unwrap_err().to_string();
+    assert!(error.contains("refused a tensor map") && error.contains("boxes of 128 rows"), "{error}");
 }

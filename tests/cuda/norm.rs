@@ -1,5 +1,7 @@
 //! RMSNorm against float64.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use gradlens::backend::cuda::norm::NormSpec;
 use gradlens::backend::cuda::{Buf, Real};
 
@@ -263,5 +265,21 @@ fn backward() {
     for (rows, width) in [(3, 7), (4, 64), (2, 896)] {
         check_backward::<f32>(&machine, rows, width, false);
         check_backward::<half::bf16>(&machine, rows, width, false);
+    }
+}
+
+#[test]
+fn rows_are_whole_norms() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let memory = &cuda.device.memory;
+    let x = Buf::from_host(memory, &[1.0_f32; 24], 12).unwrap();
+    let spec = NormSpec { eps: EPS, weight_offset: 0.0 };
+    for (values, width) in [(vec![1.0_f32; 5], 5), (vec![1.0; 24], 24), (vec![1.0; 8], 4), (vec![], 0)] {
+        let weight = Buf::from_host(memory, &values, width).unwrap();
+        let forward = || cuda.norm::<f32>(&x, &weight, spec).map(|_| ());
+        let backward = || cuda.norm_backward(&x, &weight, spec, &x, None).map(|_| ());
+        assert!(catch_unwind(AssertUnwindSafe(forward)).is_err(), "a weight of {width}");
+        assert!(catch_unwind(AssertUnwindSafe(backward)).is_err(), "a weight of {width}, backward");
     }
 }

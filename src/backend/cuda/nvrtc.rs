@@ -75,7 +75,8 @@ impl Nvrtc {
 
     /// Looks in the places in turn. Err: the places, and what is wrong with what was found there.
     fn search() -> std::result::Result<Self, Vec<String>> {
-        if let Some(named) = env::var_os(NVRTC_VARIABLE).map(PathBuf::from) {
+        let named = env::var_os(NVRTC_VARIABLE).filter(|named| !named.is_empty());
+        if let Some(named) = named.map(PathBuf::from) {
             // What the user names is taken or refused; nothing else is tried behind their back.
             let name = format!("{NVRTC_VARIABLE}={}", named.display());
             return Self::of_place(&name, &[named]).map_err(|tried| vec![tried]);

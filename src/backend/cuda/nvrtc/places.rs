@@ -13,11 +13,12 @@ pub(super) const LOADER_NAMES: [&str; 3] = if cfg!(windows) {
 };
 
 /// Where to look besides the loader's path, in order: (what the user knows it by, folders). `variable`: the
-/// environment. `home`: the user's folder.
+/// environment, in which what is empty counts as not set. `home`: the user's folder.
 pub(super) fn places(
-    variable: impl Fn(&str) -> Option<OsString>,
+    environment: impl Fn(&str) -> Option<OsString>,
     home: Option<&Path>,
 ) -> Vec<(String, Vec<PathBuf>)> {
+    let variable = |name: &str| environment(name).filter(|value| !value.is_empty());
     let mut places = Vec::new();
     for name in ["CUDA_HOME", "CUDA_PATH"] {
         match variable(name) {
@@ -37,7 +38,12 @@ pub(super) fn places(
         let resolved = fs::canonicalize(&python).unwrap_or(python);
         Some([bin.parent()?.to_owned(), resolved.parent()?.parent()?.to_owned()])
     });
-    let folders = prefixes.flatten().flat_map(|prefix| python_prefix(&prefix)).collect();
+    let mut folders: Vec<PathBuf> = Vec::new();
+    for folder in prefixes.flatten().flat_map(|prefix| python_prefix(&prefix)) {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
     places.push(("the packages of each python3 in PATH".to_owned(), folders));
     if let Some(home) = home {
         places.push(("~/.local".to_owned(), python_prefix(&home.join(".local"))));
@@ -211,9 +217,8 @@ mod tests {
         }
         let nine = touch(root.path(), "libnvrtc.so.9.2");
         let twelve = touch(root.path(), "libnvrtc.so.12.8.93");
-        let builtins = [touch(root.path(), "libnvrtc-builtins.so.12.8"), {
-            touch(root.path(), "libnvrtc-builtins.so.9.2")
-        }];
+        let builtins = ["libnvrtc-builtins.so.12.8", "libnvrtc-builtins.so.9.2"];
+        let builtins = builtins.map(|file| touch(root.path(), file));
         let found = Files::of(root.path());
         assert_eq!(found.compilers, [twelve, nine.clone()]);
         assert_eq!(found.builtins, builtins);
