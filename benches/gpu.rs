@@ -10,9 +10,9 @@ use std::process::ExitCode;
 
 use cudarc::driver::result::{memcpy_dtod_async, memset_d8_async};
 use cudarc::driver::sys::CUevent_flags;
-use gradlens::backend::cuda::linear::{Direction, Output, Shape, Tile};
+use gradlens::backend::cuda::linear::{Direction, Shape, Tile};
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc};
+use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc, Real};
 use gradlens::error::{Error, Result};
 use half::bf16;
 use serde_json::{Value, json};
@@ -263,22 +263,20 @@ impl Bench {
         let copies = self.copies(2 * rows * (from + to));
         let weight = random::<bf16>(&self.cuda, out_features, in_features, 7)?;
         let x = self.inputs::<bf16>(copies, from, 8)?;
-        let memory = &self.cuda.device.memory;
-        let y = (0..copies).map(|_| Buf::<bf16>::new(memory, rows, to)).collect::<Result<Vec<_>>>()?;
         let chosen = Tile::choose(info, direction, shape);
         // Where wgmma is chosen: what the kernel that runs on every device would do here.
         let other = (info.compute_capability == (9, 0)).then_some(Tile::Large);
         for tile in [Some(chosen), other.filter(|tile| *tile != chosen)].into_iter().flatten() {
-            let product = |at: usize| {
-                let (x, y) = (&x[at % copies], &y[at % copies]);
+            let product = |at: usize| -> Result<Buf<bf16>> {
+                let x = &x[at % copies];
                 match direction {
-                    Direction::Forward => self.cuda.linear_forward_with(tile, x, &weight, None, y),
-                    Direction::Backward => self.cuda.linear_backward_with(tile, x, &weight, None, y),
+                    Direction::Forward => self.cuda.linear_forward_with(tile, x, &weight, None),
+                    Direction::Backward => self.cuda.linear_backward_as_with(tile, x, &weight, None),
                 }
             };
-            self.poison(&y[0])?;
-            product(0)?;
-            check_product(&x[0], &weight, &y[0], direction)?;
+            // The pool hands out next what was freed last.
+            self.poison(&Buf::new(&self.cuda.device.memory, rows, to)?)?;
+            check_product(&x[0], &weight, &product(0)?, direction)?;
             let case = json!({"family": "linear", "case": format!("{name} {op}"), "op": op, "dtype": "bf16",
                 "rows": rows, "in": in_features, "out": out_features, "copies": copies,
                 "kernel": kernel_of(tile), "chosen": tile == chosen});
@@ -286,7 +284,7 @@ impl Bench {
                 flops: 2.0 * (rows * in_features * out_features) as f64,
                 bytes: 2.0 * (rows * (in_features + out_features) + in_features * out_features) as f64,
             };
-            self.time(case, work, product)?;
+            self.time(case, work, |at| product(at).map(drop))?;
         }
         Ok(())
     }
@@ -390,7 +388,7 @@ fn check_norm<T: Number>(
 }
 
 /// What arrays hold here: rounded from float32, and exact in float64.
-trait Number: Output + Into<f64> {
+trait Number: Real + Into<f64> {
     fn from32(value: f32) -> Self;
 }
 

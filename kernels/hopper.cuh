@@ -87,6 +87,12 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
+// After the wait for the last batch: keeps the compiler from reading accumulators, or moving them to other
+// registers, above it, since the instruction that waits does not name them.
+template <int COUNT> __device__ __forceinline__ void wgmma_done(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 // D[64, 2R] (+)= A[64, 16]·B[16, 2R], bfloat16 in, float32 accumulated; started, not finished. A is K-major; B
 // is K-major, or MN-major when TRANSPOSED_B. accumulate = 0 overwrites D. With w = warp%4, g = lane/4, q =

@@ -105,6 +105,7 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
         barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived
         const u64 a_stage = a_first + ring.slot * (T::A_BYTES / 16);
         const u64 b_stage = b_first + ring.slot * (T::B_BYTES / 16);
+        __syncwarp();  // lanes left the loop of the wait one by one, and what follows is for whole warps
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < DEPTH / 16; k++)
@@ -119,6 +120,7 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
         ring.step();
       }
       wgmma_wait<0>();  // the sums are complete
+      wgmma_done(sum);
       if (lane == 0) barrier_arrive(empty + last * 8);  // the last stage: copies go on during the epilogue
 
       const TilePlace place = place_tile(tile, row_tiles, column_tiles, T::BAND);

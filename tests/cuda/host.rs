@@ -1,6 +1,9 @@
 //! The host's side: devices, memory, streams, launches, the compiler and its cache.
 
-use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
 
 use gradlens::backend::cuda::launch::Launch;
 use gradlens::backend::cuda::memory::Staging;
@@ -78,7 +81,15 @@ fn a_launch_must_match_its_kernel() {
         Launch::new(&kernel, 1, 128).arg("const float* x", &x).arg("float* y", &y).arg("float factor", 2.0);
     let wrong_type = Launch::new(&kernel, 1, 128).arg("const float* x", &x).arg("float* y", &y);
     let wrong_type = wrong_type.arg("float factor", 2).arg("int len", 8);
-    for launch in [swapped, short, wrong_type] {
+    let narrow = Buf::from_host(memory, &[half::bf16::ONE; 16], 16).unwrap();
+    let wrong_element = Launch::new(&kernel, 1, 128).arg("const float* x", &narrow).arg("float* y", &y);
+    let wrong_element = wrong_element.arg("float factor", 2.0).arg("int len", 8);
+    let absent = Launch::new(&kernel, 1, 128).arg("const float* x", None::<&Buf<u32>>).arg("float* y", &y);
+    let absent = absent.arg("float factor", 2.0).arg("int len", 8);
+    // SAFETY: as below.
+    let error = unsafe { wrong_element.on(&machine.cuda.device.compute) }.unwrap_err().to_string();
+    assert!(error.contains("const float* x (a buffer of bf16), float* y"), "{error}");
+    for launch in [swapped, short, wrong_type, wrong_element, absent] {
         // SAFETY: refused before anything runs.
         let error = unsafe { launch.on(&machine.cuda.device.compute) }.unwrap_err().to_string();
         assert!(error.contains("a launch does not match its kernel"), "{error}");
@@ -86,6 +97,26 @@ fn a_launch_must_match_its_kernel() {
         assert!(error.contains("const float* x, float* y, float factor, int len"), "{error}");
     }
     assert_eq!(y.to_host().unwrap(), [0.0; 8]);
+}
+
+#[test]
+fn a_launch_must_be_on_its_buffers_stream() {
+    let Some(machine) = scale_machine() else { return };
+    let device = &machine.cuda.device;
+    let x = Buf::from_host(&device.memory, &[1.0_f32; 8], 8).unwrap();
+    let kernel = machine.cuda.kernel("scale.cu", "scale").unwrap();
+    let launch = Launch::new(&kernel, 1, 128)
+        .arg("const float* x", &x)
+        .arg("float* y", &x)
+        .arg("float factor", 2.0)
+        .arg("int len", 8);
+    // SAFETY: refused before anything runs.
+    let error = unsafe { launch.on(&device.transfer) }.unwrap_err().to_string();
+    assert!(error.contains("a launch on another stream than its memory's"), "{error}");
+    assert!(error.contains("const float* x of another stream"), "{error}");
+    // SAFETY: x has 8 elements.
+    unsafe { launch.on(&device.compute) }.unwrap();
+    assert_eq!(x.to_host().unwrap(), [2.0; 8]);
 }
 
 #[test]
@@ -121,7 +152,7 @@ fn an_upload_is_seen_after_its_event_and_not_before() {
     let x = Buf::from_host(&device.memory, &vec![0.0_f32; values.len()], values.len()).unwrap();
     let y = Buf::<f32>::new(&device.memory, 1, values.len()).unwrap();
     let ready = device.compute.record_event(None).unwrap();
-    staging.upload(&bytes, x.allocation(), &ready).unwrap();
+    let upload = staging.upload(&bytes, x.allocation(), &ready).unwrap();
     if machine.emulated() {
         // The stand-in driver delays what nothing waits for, so a forgotten wait shows. (The first pieces are
         // there already: their pinned buffers were needed again.)
@@ -130,14 +161,84 @@ fn an_upload_is_seen_after_its_event_and_not_before() {
         assert_eq!(stale[..4], values[..4].iter().map(|v| 2.0 * v).collect::<Vec<_>>());
         assert_eq!(stale[values.len() - 1], 0.0);
     }
-    device.compute.wait(&staging.sent().unwrap()).unwrap();
+    upload.wait_on(&device.compute).unwrap();
     scale(&machine, &x, &y, 128).unwrap();
     let wanted: Vec<f32> = values.iter().map(|v| 2.0 * v).collect();
     assert!(y.to_host().unwrap() == wanted);
 
     let small = Buf::<f32>::new(&device.memory, 1, 2).unwrap();
-    let error = staging.upload(&bytes, small.allocation(), &ready).unwrap_err().to_string();
+    let error = staging.upload(&bytes, small.allocation(), &ready).err().unwrap().to_string();
     assert!(error.contains("larger than its target") && error.contains("at most 8 bytes"), "{error}");
+}
+
+#[test]
+fn small_uploads_take_turns_at_the_pinned_buffers() {
+    let Some(machine) = machine() else { return };
+    let device = &machine.cuda.device;
+    let staging = Staging::new(&device.transfer).unwrap();
+    let zeros = || Buf::from_host(&device.memory, &[0.0_f32; 4], 4).unwrap();
+    let (x, y) = (zeros(), zeros());
+    let ready = device.compute.record_event(None).unwrap();
+    let one = 1.0_f32.to_le_bytes();
+    let first = staging.upload(&one, x.allocation(), &ready).unwrap();
+    let second = staging.upload(&one, y.allocation(), &ready).unwrap();
+    if machine.emulated() {
+        // The second did not have to wait for the first one's buffer, so nobody has waited for either.
+        assert_eq!((x.to_host().unwrap()[0], y.to_host().unwrap()[0]), (0.0, 0.0));
+    }
+    first.wait_on(&device.compute).unwrap();
+    second.wait_on(&device.compute).unwrap();
+    assert_eq!((x.to_host().unwrap()[0], y.to_host().unwrap()[0]), (1.0, 1.0));
+}
+
+#[test]
+fn the_target_of_an_upload_may_go_before_it_arrives() {
+    let Some(machine) = machine() else { return };
+    let device = &machine.cuda.device;
+    let staging = Staging::new(&device.transfer).unwrap();
+    let values = Random::new(4).f32(1 << 16);
+    let x = Buf::<f32>::new(&device.memory, 1, values.len()).unwrap();
+    let ready = device.compute.record_event(None).unwrap();
+    let upload = staging.upload(bytemuck::cast_slice(&values), x.allocation(), &ready).unwrap();
+    drop(x);
+    drop(upload);
+    // Perhaps where x was: what was copied there must not come later.
+    let y = Buf::from_host(&device.memory, &vec![7.0_f32; values.len()], values.len()).unwrap();
+    device.compute.synchronize().unwrap();
+    device.synchronize().unwrap();
+    assert!(y.to_host().unwrap().iter().all(|v| *v == 7.0));
+}
+
+#[test]
+fn sizes_that_no_device_has() {
+    let Some(machine) = machine() else { return };
+    let modules = ModuleSpec { sources: Sources::embedded(), code: Code::Ptx, cache: None };
+    let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: Some(u64::MAX), modules }).unwrap();
+    let memory = &cuda.device.memory;
+    let kept = Buf::<f32>::new(memory, 1, 100).unwrap();
+    for (rows, width, limit) in [
+        (usize::MAX, 2, "the device memory budget is exhausted"),
+        (usize::MAX / 4, 2, "the device memory budget is exhausted"),
+        (usize::MAX / 8, 2, "the device memory budget is exhausted"),
+        (1 << 50, 2, "device memory is exhausted"),
+    ] {
+        let error = Buf::<f32>::new(memory, rows, width).err().unwrap().to_string();
+        assert!(error.contains(limit) && error.contains("400 in use"), "{error}");
+        assert_eq!(memory.used_bytes(), 400, "what could not be had is not counted");
+    }
+    drop(kept);
+    assert_eq!(memory.used_bytes(), 0);
+    drop(machine);
+}
+
+#[test]
+fn host_values_are_whole_rows() {
+    let Some(machine) = machine() else { return };
+    for (len, width) in [(7, 2), (1, 0)] {
+        let values = vec![0.0_f32; len];
+        let copy = || Buf::from_host(&machine.cuda.device.memory, &values, width).map(|_| ());
+        assert!(catch_unwind(AssertUnwindSafe(copy)).is_err(), "{len} in rows of {width}");
+    }
 }
 
 #[test]
@@ -252,6 +353,71 @@ fn without_a_compiler() {
         error.contains("GRADLENS_NVRTC=/nowhere") && error.contains("pip install nvidia-cuda-nvrtc"),
         "{error}"
     );
+}
+
+/// A library that calls itself NVRTC 11.8, as `libnvrtc.so` in `folder`.
+fn write_decoy(folder: &Path) {
+    let (source, library) = (folder.join("decoy.cpp"), folder.join("libnvrtc.so"));
+    let text = "extern \"C\" int nvrtcVersion(int* major, int* minor) { *major = 11; *minor = 8; return 0; }";
+    fs::write(&source, text).unwrap();
+    let compiler = env::var("CUEMU_CXX").unwrap_or_else(|_| "g++".to_owned());
+    let compiled =
+        Command::new(compiler).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+    assert!(compiled.unwrap().success());
+}
+
+/// Runs in processes of its own: the compiler is looked for once.
+#[test]
+fn a_decoy_in_the_loaders_path_is_not_taken() {
+    if faults::is_child() {
+        let nvrtc = Nvrtc::load().unwrap();
+        assert!(nvrtc.version.0 >= 12 && nvrtc.archs.contains(&90), "{nvrtc:?}");
+        let text = "extern \"C\" __global__ void f() {}";
+        nvrtc.compile("f.cu", text, &[], "sm_90a", Code::Cubin, &[]).unwrap();
+        assert_eq!(nvrtc.path.as_ref().unwrap().parent().unwrap(), Path::new(&env::var("WANTED").unwrap()));
+        return;
+    }
+    // Where the real one is, unless the loader knows it by itself.
+    let Some(machine) = machine() else { return };
+    let Some(real) = Nvrtc::load().unwrap().path.as_deref().and_then(Path::parent) else { return };
+    drop(machine);
+    let folder = tempfile::tempdir().unwrap();
+    write_decoy(folder.path());
+    let toolkit: PathBuf = folder.path().join("toolkit");
+    fs::create_dir(&toolkit).unwrap();
+    std::os::unix::fs::symlink(real, toolkit.join("lib64")).unwrap();
+    let decoy = folder.path().to_str().unwrap();
+    let (real, toolkit) = (real.to_str().unwrap(), toolkit.to_str().unwrap());
+    let by_toolkit = format!("{toolkit}/lib64");
+    for (named, cuda_home, wanted) in [(real, "", real), ("", toolkit, by_toolkit.as_str())] {
+        let variables = [
+            ("LD_LIBRARY_PATH", decoy),
+            ("GRADLENS_NVRTC", named),
+            ("CUDA_HOME", cuda_home),
+            ("CUDA_PATH", ""),
+            ("WANTED", wanted),
+        ];
+        faults::run_child("host::a_decoy_in_the_loaders_path_is_not_taken", "none", &variables)
+            .assert_passed();
+    }
+}
+
+/// Runs in a process of its own: the compiler is looked for once.
+#[test]
+fn an_old_compiler_is_named() {
+    if faults::is_child() {
+        let error = Nvrtc::load().err().unwrap().to_string();
+        assert!(error.contains("libnvrtc of CUDA 12 or 13"), "{error}");
+        assert!(error.contains("(NVRTC 11.8 at ") && error.contains("libnvrtc.so)"), "{error}");
+        return;
+    }
+    if machine().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    write_decoy(folder.path());
+    let variables = [("GRADLENS_NVRTC", folder.path().to_str().unwrap())];
+    faults::run_child("host::an_old_compiler_is_named", "none", &variables).assert_passed();
 }
 
 /// Machine code does not run on the stand-in driver, which must say so.

@@ -1,8 +1,12 @@
 //! Linear layers: every kernel against float64, on shapes that end inside tiles and use each stage of the ring
 //! more than once.
 
-use gradlens::backend::cuda::Buf;
-use gradlens::backend::cuda::linear::{Direction, Output, Shape, Tile};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use gradlens::backend::cuda::launch::{Launch, TensorMap};
+use gradlens::backend::cuda::linear::{Direction, Shape, Tile};
+use gradlens::backend::cuda::tensor_map::Swizzle;
+use gradlens::backend::cuda::{Buf, Real};
 use half::bf16;
 
 use super::faults;
@@ -64,30 +68,42 @@ impl Layer {
         (0..self.shape.rows * columns).map(|i| at(i / columns, i % columns)).unzip()
     }
 
-    /// Runs a kernel. `in_place`: the addend lies in the result's buffer.
-    fn run<Y: Output>(&self, machine: &Machine, tile: Tile, with_added: bool, in_place: bool) -> Vec<Y> {
+    /// The operands on the device: left, weight, and what is added.
+    fn on_device(&self, machine: &Machine) -> (Buf<bf16>, Buf<bf16>, Buf<f32>) {
         let memory = &machine.cuda.device.memory;
         let (depth, columns) = self.widths();
-        let left = Buf::from_host(memory, &self.left, depth).unwrap();
-        let weight = Buf::from_host(memory, &self.weight, self.shape.in_features).unwrap();
-        let added = Buf::from_host(memory, &self.added, columns).unwrap();
+        (
+            Buf::from_host(memory, &self.left, depth).unwrap(),
+            Buf::from_host(memory, &self.weight, self.shape.in_features).unwrap(),
+            Buf::from_host(memory, &self.added, columns).unwrap(),
+        )
+    }
+
+    /// Runs a kernel.
+    fn run<Y: Real>(&self, machine: &Machine, tile: Tile, with_added: bool) -> Vec<Y> {
+        let (left, weight, added) = self.on_device(machine);
         let given = with_added.then_some(&added);
-        if in_place {
-            machine.cuda.linear_backward_with(tile, &left, &weight, given, &added).unwrap();
-            return bytemuck::cast_slice(&added.to_host().unwrap()).to_vec();
-        }
-        let result = Buf::<Y>::new(memory, self.shape.rows, columns).unwrap();
-        match self.direction {
-            Direction::Forward => machine.cuda.linear_forward_with(tile, &left, &weight, given, &result),
-            Direction::Backward => machine.cuda.linear_backward_with(tile, &left, &weight, given, &result),
+        let result: Buf<Y> = match self.direction {
+            Direction::Forward => machine.cuda.linear_forward_with(tile, &left, &weight, given),
+            Direction::Backward => machine.cuda.linear_backward_as_with(tile, &left, &weight, given),
         }
         .unwrap();
+        assert_eq!((result.rows(), result.width()), (self.shape.rows, self.widths().1));
         result.to_host().unwrap()
+    }
+
+    /// Runs a kernel that adds into the buffer of what is added.
+    fn run_in_place(&self, machine: &Machine, tile: Tile) -> Vec<f32> {
+        let (left, weight, added) = self.on_device(machine);
+        let address = added.allocation().address();
+        let sum = machine.cuda.linear_backward_with(tile, &left, &weight, Some(added)).unwrap();
+        assert_eq!(sum.allocation().address(), address, "in place");
+        sum.to_host().unwrap()
     }
 
     /// Compares each element with float64: float32 sums of depth terms lose at most depth + 1 roundings of the
     /// terms' absolute sum (in practice about the square root), a bfloat16 result another half unit.
-    fn check<Y: Output + Into<f64>>(&self, tile: Tile, found: &[Y], with_added: bool) {
+    fn check<Y: Real + Into<f64>>(&self, tile: Tile, found: &[Y], with_added: bool) {
         let (wanted, sizes) = self.wanted(with_added);
         let roundings = f64::from(f32::EPSILON) * ((self.widths().0 as f64).sqrt() + 2.0);
         let unit = if Y::NAME == "bf16" { 2_f64.powi(-8) } else { 0.0 };
@@ -113,12 +129,12 @@ fn check_all(machine: &Machine, tile: Tile, sizes: [usize; 3]) {
     for direction in [Direction::Forward, Direction::Backward] {
         let layer = Layer::new(direction, sizes);
         for with_added in [true, false] {
-            layer.check(tile, &layer.run::<f32>(machine, tile, with_added, false), with_added);
+            layer.check(tile, &layer.run::<f32>(machine, tile, with_added), with_added);
         }
-        layer.check(tile, &layer.run::<bf16>(machine, tile, true, false), true);
+        layer.check(tile, &layer.run::<bf16>(machine, tile, true), true);
         if direction == Direction::Backward {
-            let separate = layer.run::<f32>(machine, tile, true, false);
-            assert!(layer.run::<f32>(machine, tile, true, true) == separate, "{tile:?} in place");
+            let separate = layer.run::<f32>(machine, tile, true);
+            assert!(layer.run_in_place(machine, tile) == separate, "{tile:?} in place");
         }
     }
 }
@@ -141,7 +157,7 @@ fn linear_matches_float64() {
     // Three rows of tiles, several columns, and more stages than the ring has slots.
     for tile in tiles(&machine).into_iter().filter(|tile| *tile != Tile::Unaligned) {
         let layer = Layer::new(Direction::Forward, [260, 456, 264]);
-        layer.check(tile, &layer.run::<f32>(&machine, tile, true, false), true);
+        layer.check(tile, &layer.run::<f32>(&machine, tile, true), true);
     }
 }
 
@@ -155,8 +171,8 @@ fn linear_of_any_width() {
     for tile in tiles(&machine) {
         for out_features in [33, 130] {
             let layer = Layer::new(Direction::Forward, [66, 40, out_features]);
-            layer.check(tile, &layer.run::<f32>(&machine, tile, true, false), true);
-            layer.check(tile, &layer.run::<bf16>(&machine, tile, true, false), true);
+            layer.check(tile, &layer.run::<f32>(&machine, tile, true), true);
+            layer.check(tile, &layer.run::<bf16>(&machine, tile, true), true);
         }
     }
 }
@@ -170,7 +186,27 @@ fn same_bits(machine: &Machine, wanted: &[Tile]) {
             [(Direction::Forward, [130, 456, 72]), (Direction::Backward, [130, 72, 456])]
         {
             let layer = Layer::new(direction, sizes);
-            let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, true, false));
+            let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, true));
+            layer.check(tile, &found, true);
+        }
+        if !faults::is_planted() {
+            other_outputs_have_the_same_bits(machine, tile);
+        }
+    }
+}
+
+/// Rounded outputs, nothing added, and sums in place, on shapes that are soon done.
+fn other_outputs_have_the_same_bits(machine: &Machine, tile: Tile) {
+    for (direction, sizes) in [(Direction::Forward, [66, 200, 72]), (Direction::Backward, [66, 72, 200])] {
+        let layer = Layer::new(direction, sizes);
+        for with_added in [true, false] {
+            let found = machine.same_under_all_schedules(|| layer.run::<bf16>(machine, tile, with_added));
+            layer.check(tile, &found, with_added);
+        }
+        let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, false));
+        layer.check(tile, &found, false);
+        if direction == Direction::Backward {
+            let found = machine.same_under_all_schedules(|| layer.run_in_place(machine, tile));
             layer.check(tile, &found, true);
         }
     }
@@ -196,7 +232,7 @@ fn a_nan_stays_in_its_row() {
         for direction in [Direction::Forward, Direction::Backward] {
             let mut layer = Layer::new(direction, [5, 40, 40]);
             layer.left[2 * 40] = bf16::NAN;
-            let found: Vec<f32> = layer.run(&machine, tile, true, false);
+            let found: Vec<f32> = layer.run(&machine, tile, true);
             for (row, found) in found.chunks(40).enumerate() {
                 assert!(found.iter().all(|v| v.is_nan() == (row == 2)), "{tile:?} {direction:?} row {row}");
             }
@@ -204,7 +240,7 @@ fn a_nan_stays_in_its_row() {
         // A column of the result is a row of the weight, forward.
         let mut layer = Layer::new(Direction::Forward, [5, 40, 40]);
         layer.weight[2 * 40] = bf16::NAN;
-        let found: Vec<f32> = layer.run(&machine, tile, true, false);
+        let found: Vec<f32> = layer.run(&machine, tile, true);
         for found in found.chunks(40) {
             assert!(found.iter().enumerate().all(|(column, v)| v.is_nan() == (column == 2)), "{tile:?}");
         }
@@ -222,7 +258,7 @@ fn bits_of_a_row_do_not_depend_on_other_rows_or_the_tile() {
             let available = tiles(&machine);
             let mut found: Vec<Vec<f32>> = Vec::new();
             for tile in family.iter().filter(|tile| available.contains(tile)) {
-                found.push(all.run(&machine, *tile, true, false));
+                found.push(all.run(&machine, *tile, true));
                 // The last rows alone, at other places of a tile.
                 let first = 77;
                 let mut some = Layer::new(direction, [150, 200, 200]);
@@ -231,7 +267,7 @@ fn bits_of_a_row_do_not_depend_on_other_rows_or_the_tile() {
                 if direction == Direction::Backward {
                     some.added.drain(..first * 200);
                 }
-                let alone: Vec<f32> = some.run(&machine, *tile, true, false);
+                let alone: Vec<f32> = some.run(&machine, *tile, true);
                 assert!(alone == found[0][first * 200..], "{tile:?} {direction:?}");
             }
             assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "{family:?} {direction:?}");
@@ -244,6 +280,60 @@ fn no_rows_is_no_work() {
     let Some(machine) = machine() else { return };
     for tile in tiles(&machine) {
         let layer = Layer::new(Direction::Forward, [0, 8, 8]);
-        assert!(layer.run::<f32>(&machine, tile, true, false).is_empty());
+        assert!(layer.run::<f32>(&machine, tile, true).is_empty());
     }
+}
+
+#[test]
+fn a_kernel_that_cannot_read_the_rows_is_not_launched() {
+    let Some(machine) = machine() else { return };
+    for tile in tiles(&machine).into_iter().filter(|tile| *tile != Tile::Unaligned) {
+        for (direction, sizes) in [
+            (Direction::Forward, [4, 9, 8]),
+            (Direction::Backward, [4, 9, 8]),
+            (Direction::Backward, [4, 8, 9]),
+        ] {
+            let layer = Layer::new(direction, sizes);
+            let product = || layer.run::<f32>(&machine, tile, true);
+            assert!(catch_unwind(AssertUnwindSafe(product)).is_err(), "{tile:?} {direction:?} {sizes:?}");
+        }
+    }
+}
+
+/// The kernels expect the 128-byte swizzle of the maps: with none the product is wrong, and the boxes are too
+/// wide for one of 64 bytes.
+#[test]
+fn another_swizzle_is_noticed() {
+    let Some(machine) = machine() else { return };
+    if !tiles(&machine).contains(&Tile::Narrow) {
+        return;
+    }
+    let layer = Layer::new(Direction::Forward, [130, 136, 72]);
+    let Shape { rows, in_features, out_features } = layer.shape;
+    let (x, weight, bias) = layer.on_device(&machine);
+    let kernel = machine.cuda.kernel("linear_sm90.cu", "linear_forward_sm90_f32").unwrap();
+    let product = |swizzle: Swizzle| -> gradlens::error::Result<Vec<f32>> {
+        let y = Buf::<f32>::new(&machine.cuda.device.memory, rows, out_features)?;
+        let shared_bytes = 6 * ((128 + 128) * 64 * 2 + 2 * 8);
+        kernel.allow_shared_bytes(shared_bytes)?;
+        let launch = Launch::new(&kernel, 2, 384)
+            .shared_bytes(shared_bytes)
+            .arg("const TensorMap x", TensorMap::of(&x, 128, swizzle)?)
+            .arg("const TensorMap weight", TensorMap::of(&weight, 128, swizzle)?)
+            .arg("const float* bias", &bias)
+            .arg("float* y", &y)
+            .arg("int rows", rows as i32)
+            .arg("int in_features", in_features as i32)
+            .arg("int out_features", out_features as i32);
+        // SAFETY: the operands of this shape; both maps have the boxes that the kernel expects.
+        unsafe { launch.on(&machine.cuda.device.compute) }?;
+        y.to_host()
+    };
+    let right = product(Swizzle::B128).unwrap();
+    layer.check(Tile::Narrow, &right, true);
+    let wrong = product(Swizzle::Plain).unwrap();
+    let (wanted, _) = layer.wanted(true);
+    assert!(relative_error(wrong.iter().map(|v| f64::from(*v)), &wanted) > 0.1);
+    let error = product(Swizzle::B64).unwrap_err().to_string();
+    assert!(error.contains("refused a tensor map") && error.contains("boxes of 128 rows"), "{error}");
 }

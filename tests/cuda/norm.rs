@@ -1,7 +1,9 @@
 //! RMSNorm against float64.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Element};
+use gradlens::backend::cuda::{Buf, Real};
 
 use super::faults::{Build, Fault, WRONG};
 use super::machine::{Machine, Random, machine};
@@ -100,7 +102,7 @@ const SHAPES: [(usize, usize); 12] = [
 const EPS: f32 = 1e-5;
 
 /// An element type and how finely it rounds.
-trait Checked: Element + PartialEq {
+trait Checked: Real + PartialEq {
     /// Half a unit in the last place, relative; for float32 with the sums of squares and the reciprocal root.
     const ROUNDING: f64;
     fn of(value: f32) -> Self;
@@ -263,5 +265,21 @@ fn backward() {
     for (rows, width) in [(3, 7), (4, 64), (2, 896)] {
         check_backward::<f32>(&machine, rows, width, false);
         check_backward::<half::bf16>(&machine, rows, width, false);
+    }
+}
+
+#[test]
+fn rows_are_whole_norms() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let memory = &cuda.device.memory;
+    let x = Buf::from_host(memory, &[1.0_f32; 24], 12).unwrap();
+    let spec = NormSpec { eps: EPS, weight_offset: 0.0 };
+    for (values, width) in [(vec![1.0_f32; 5], 5), (vec![1.0; 24], 24), (vec![1.0; 8], 4), (vec![], 0)] {
+        let weight = Buf::from_host(memory, &values, width).unwrap();
+        let forward = || cuda.norm::<f32>(&x, &weight, spec).map(|_| ());
+        let backward = || cuda.norm_backward(&x, &weight, spec, &x, None).map(|_| ());
+        assert!(catch_unwind(AssertUnwindSafe(forward)).is_err(), "a weight of {width}");
+        assert!(catch_unwind(AssertUnwindSafe(backward)).is_err(), "a weight of {width}, backward");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use gradlens::backend::cuda::{Buf, Element};
+use gradlens::backend::cuda::{Buf, Real};
 use gradlens::backend::{Moments, NonFinite};
 
 use super::faults::{Build, Fault};
@@ -43,12 +43,12 @@ pub const FAULTS: &[Fault] = &[
 /// rows, of a round of the four warps and of a segment.
 const SAMPLES: [Range<usize>; 8] = [0..1, 1..8, 10..43, 43..171, 171..300, 300..301, 310..333, 333..600];
 
-fn values<T: Element>(width: usize, of: fn(f32) -> T) -> Vec<T> {
+fn values<T: Real>(width: usize, of: fn(f32) -> T) -> Vec<T> {
     Random::new(width as u64).f32(SAMPLES[7].end * width).into_iter().map(of).collect()
 }
 
 /// Sums of `samples`, handed over in calls of so many samples each.
-fn sums<T: Element>(machine: &Machine, values: &[T], width: usize, calls: &[usize]) -> Moments {
+fn sums<T: Real>(machine: &Machine, values: &[T], width: usize, calls: &[usize]) -> Moments {
     let cuda = &machine.cuda;
     let mut moments = cuda.new_moments(width).unwrap();
     let mut left = &SAMPLES[..];
@@ -64,7 +64,7 @@ fn sums<T: Element>(machine: &Machine, values: &[T], width: usize, calls: &[usiz
     moments.to_host().unwrap()
 }
 
-fn check<T: Element>(machine: &Machine, width: usize, of: fn(f32) -> T, wide: fn(&T) -> f64) {
+fn check<T: Real>(machine: &Machine, width: usize, of: fn(f32) -> T, wide: fn(&T) -> f64) {
     let values = values(width, of);
     let found = machine.same_under_all_schedules(|| sums(machine, &values, width, &[8]));
     let mut wanted = Moments::new(width);

@@ -12,7 +12,7 @@
 //! bits, so nothing here needs a tolerance.
 
 use gradlens::backend::cuda::launch::{Launch, Value};
-use gradlens::backend::cuda::{Buf, Code, Nvrtc, Sources};
+use gradlens::backend::cuda::{Buf, Code, Element, Nvrtc, Sources};
 use gradlens::error::Result;
 
 use super::faults::planted;
@@ -88,8 +88,21 @@ impl Case {
     }
 }
 
-fn upload<T: bytemuck::Pod>(machine: &Machine, values: &[T]) -> Result<Buf<T>> {
+fn upload<T: Element>(machine: &Machine, values: &[T]) -> Result<Buf<T>> {
     Buf::from_host(&machine.cuda.device.memory, values, values.len())
+}
+
+/// The same memory as floats.
+fn floats(words: Value) -> Value {
+    match words {
+        Value::Address { address, stream, .. } => Value::Address { address, element: "float", stream },
+        other => other,
+    }
+}
+
+/// Two elements to a word, as they lie in memory.
+fn paired(elements: &[u16]) -> Vec<u32> {
+    elements.chunks_exact(2).map(|elements| pair(elements[0], elements[1])).collect()
 }
 
 fn bits(values: impl IntoIterator<Item = f32>) -> Vec<u32> {

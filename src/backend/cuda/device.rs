@@ -107,15 +107,33 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
         .collect()
 }
 
-/// cudarc panics when the library is missing, so nothing of it is called before this.
+/// CUDA 12.0, the first with all functions that are used here, as the driver says it.
+const MIN_DRIVER: i32 = 12_000;
+
+/// cudarc panics when the library or one of its functions is missing, so nothing of it is called before this.
 fn driver_present() -> Result<()> {
     // SAFETY: dlopen of the CUDA driver by its usual names; its initialisers have no preconditions.
-    match unsafe { sys::is_culib_present() } {
-        true => Ok(()),
-        false => Err(Error::new("there is no CUDA driver on this machine")
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::new("there is no CUDA driver on this machine")
             .expected("libcuda.so, which comes with NVIDIA's driver")
-            .hint("--device cpu; on a cluster, ask for a node with a GPU")),
+            .hint("--device cpu; on a cluster, ask for a node with a GPU"));
     }
+    let mut version = 0;
+    // SAFETY: a function of every driver, which needs no cuInit; writes one integer.
+    let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
+    asked.result().map_err(|error| driver_failed("does not say its version", error))?;
+    new_enough(version)
+}
+
+/// `version`: 1000·major + 10·minor of the CUDA that a driver is for.
+fn new_enough(version: i32) -> Result<()> {
+    if version >= MIN_DRIVER {
+        return Ok(());
+    }
+    Err(Error::new("the CUDA driver is too old")
+        .expected("a driver for CUDA 12.0 or newer: 525 or newer")
+        .found(format!("one for CUDA {}.{}", version / 1000, version % 1000 / 10))
+        .hint("update NVIDIA's driver, or --device cpu"))
 }
 
 /// The driver's error under a sentence of ours.
@@ -216,6 +234,16 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn old_drivers() {
+        for version in [12_000, 12_080, 13_000] {
+            assert!(new_enough(version).is_ok());
+        }
+        let error = new_enough(11_080).unwrap_err().to_string();
+        assert!(error.contains("the CUDA driver is too old") && error.contains("CUDA 11.8"), "{error}");
+        assert!(error.contains("525 or newer") && error.contains("--device cpu"), "{error}");
+    }
 
     #[test]
     fn names() {

@@ -7,11 +7,13 @@
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, sys};
 
 use super::device::driver_failed;
+use super::element::Element;
+use super::module::lock;
 use crate::error::{Error, Result};
 
 /// Bytes of one of the two pinned buffers through which large copies go.
@@ -31,10 +33,35 @@ pub struct Memory {
     ledger: Arc<Ledger>,
 }
 
+/// Bytes counted as used, until this is dropped.
+struct Reservation {
+    ledger: Arc<Ledger>,
+    bytes: u64,
+}
+
+impl Reservation {
+    /// Err: the bytes in use, to which `bytes` cannot be added within the budget.
+    fn new(ledger: &Arc<Ledger>, bytes: usize) -> std::result::Result<Self, u64> {
+        let bytes = bytes as u64;
+        let within = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= ledger.budget_bytes);
+        let before = ledger.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within)?;
+        ledger.peak_bytes.fetch_max(before + bytes, Ordering::Relaxed);
+        Ok(Self { ledger: Arc::clone(ledger), bytes })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.ledger.used_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// Memory of a device, freed in the order of the compute stream.
 pub struct Allocation {
     slice: CudaSlice<u8>,
-    ledger: Arc<Ledger>,
+    /// After the last copy into it by another stream.
+    arrived: Mutex<Option<Arc<CudaEvent>>>,
+    _reservation: Reservation,
 }
 
 impl Memory {
@@ -50,33 +77,37 @@ impl Memory {
     ///
     /// # Errors
     ///
-    /// The budget or the device is exhausted.
+    /// The budget or the device is exhausted, or the driver fails.
     pub fn alloc(&self, bytes: usize) -> Result<Allocation> {
         // The driver knows no empty allocation.
         let bytes = bytes.max(1);
-        let used = self.ledger.used_bytes.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        let exhausted = |what: &str, limit: String| {
-            self.ledger.used_bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
-            Error::new(format!("{what} is exhausted"))
-                .at(format!("cuda:{}", self.stream.context().ordinal()))
-                .expected(limit)
-                .found(format!("{} in use and {bytes} bytes more asked for", used - bytes as u64))
-                .hint("--tokens_per_pass with a smaller number needs less")
-        };
-        if used > self.ledger.budget_bytes {
-            return Err(exhausted(
-                "the device memory budget",
-                format!("at most {} bytes", self.ledger.budget_bytes),
-            ));
-        }
+        let reservation = Reservation::new(&self.ledger, bytes).map_err(|used| {
+            self.exhausted("the device memory budget", self.budget(), used, &format!("{bytes} bytes"))
+        })?;
         // SAFETY: the contents are unspecified, and callers write before they read.
         let slice = unsafe { self.stream.alloc::<u8>(bytes) };
         let slice = slice.map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => exhausted("device memory", self.limit()),
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let used = self.used_bytes() - bytes as u64;
+                self.exhausted("device memory", self.limit(), used, &format!("{bytes} bytes"))
+            }
             _ => driver_failed("could not allocate memory", error),
         })?;
-        self.ledger.peak_bytes.fetch_max(used, Ordering::Relaxed);
-        Ok(Allocation { slice, ledger: Arc::clone(&self.ledger) })
+        Ok(Allocation { slice, arrived: Mutex::new(None), _reservation: reservation })
+    }
+
+    /// `used`: bytes in use besides those asked for.
+    fn exhausted(&self, what: &str, limit: String, used: u64, asked: &str) -> Error {
+        Error::new(format!("{what} is exhausted"))
+            .at(format!("cuda:{}", self.stream.context().ordinal()))
+            .expected(limit)
+            .found(format!("{used} in use and {asked} more asked for"))
+            .hint("--tokens_per_pass with a smaller number needs less")
+    }
+
+    /// The budget in words.
+    fn budget(&self) -> String {
+        format!("at most {} bytes", self.ledger.budget_bytes)
     }
 
     /// What the device itself says of its memory.
@@ -114,15 +145,25 @@ impl Allocation {
         self.slice.is_empty()
     }
 
-    /// Address on the device. Valid while this lives, in the order of the compute stream.
+    /// Address on the device. Valid while this lives, in the order of [`Allocation::stream`].
     pub fn address(&self) -> u64 {
         self.slice.device_ptr(self.slice.stream()).0
+    }
+
+    /// The stream that it is allocated and freed on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        self.slice.stream()
     }
 }
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        self.ledger.used_bytes.fetch_sub(self.slice.len() as u64, Ordering::Relaxed);
+        // Freed in the order of its stream, which may not have waited for the copy.
+        if let Some(arrived) = lock(&self.arrived).take()
+            && self.stream().wait(&arrived).is_err()
+        {
+            let _ = arrived.synchronize();
+        }
     }
 }
 
@@ -145,7 +186,28 @@ fn keep_freed_memory(stream: &Arc<CudaStream>) -> std::result::Result<(), Driver
 /// Two pinned buffers through which host memory reaches the device while the host goes on.
 pub struct Staging {
     stream: Arc<CudaStream>,
-    buffers: Mutex<[Staged; 2]>,
+    turns: Mutex<Turns>,
+}
+
+/// The buffers, used in turn.
+struct Turns {
+    buffers: [Staged; 2],
+    next: usize,
+}
+
+/// A copy on its way to the device.
+#[must_use = "a stream that uses what is copied must wait for it"]
+pub struct Upload(Arc<CudaEvent>);
+
+impl Upload {
+    /// Lets what is put into `stream` from now on see the copy. The host does not wait.
+    ///
+    /// # Errors
+    ///
+    /// The driver fails.
+    pub fn wait_on(self, stream: &CudaStream) -> Result<()> {
+        stream.wait(&self.0).map_err(|error| driver_failed("could not wait for a copy", error))
+    }
 }
 
 struct Staged {
@@ -167,36 +229,41 @@ impl Staging {
         let buffer = || unsafe { context.alloc_pinned_with_flags::<u8>(STAGING_BYTES, 0) };
         let pair = buffer().and_then(|first| Ok([first, buffer()?]));
         let pair = pair.map_err(|error| driver_failed("could not pin host memory", error))?;
-        let buffers = Mutex::new(pair.map(|pinned| Staged { pinned, copied: None }));
-        Ok(Self { stream: Arc::clone(stream), buffers })
+        let buffers = pair.map(|pinned| Staged { pinned, copied: None });
+        Ok(Self { stream: Arc::clone(stream), turns: Mutex::new(Turns { buffers, next: 0 }) })
     }
 
     /// Copies `bytes` to the start of `target`, after `ready`: an event of the compute stream by which the target
-    /// was allocated and its last reader is through. Returns when the last piece is on its way; kernels on
-    /// another stream must wait for [`Staging::sent`].
+    /// was allocated and its last reader is through. Returns when the last piece is on its way; kernels see it
+    /// after [`Upload::wait_on`]. The target may be dropped at any time: it is freed after the copy.
     ///
     /// # Errors
     ///
     /// `target` is too small, or the driver fails.
-    pub fn upload(&self, bytes: &[u8], target: &Allocation, ready: &CudaEvent) -> Result<()> {
+    pub fn upload(&self, bytes: &[u8], target: &Allocation, ready: &CudaEvent) -> Result<Upload> {
         if bytes.len() > target.len() {
             return Err(Error::new("a copy to the device is larger than its target")
                 .expected(format!("at most {} bytes", target.len()))
                 .found(bytes.len()));
         }
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut send = || -> std::result::Result<(), DriverError> {
+        let mut turns = lock(&self.turns);
+        let mut arrived = lock(&target.arrived);
+        let mut send = || -> std::result::Result<CudaEvent, DriverError> {
             self.stream.wait(ready)?;
-            for (piece, (start, bytes)) in
-                (0..).step_by(STAGING_BYTES).zip(bytes.chunks(STAGING_BYTES)).enumerate()
-            {
-                let staged = &mut buffers[piece % 2];
+            if let Some(before) = &*arrived {
+                self.stream.wait(before)?;
+            }
+            for (start, bytes) in (0..).step_by(STAGING_BYTES).zip(bytes.chunks(STAGING_BYTES)) {
+                let turn = turns.next;
+                turns.next = (turn + 1) % turns.buffers.len();
+                let staged = &mut turns.buffers[turn];
                 if let Some(copied) = staged.copied.take() {
                     copied.synchronize()?;
                 }
                 let pinned = staged.pinned.as_mut_ptr()?;
                 // SAFETY: the buffer is STAGING_BYTES long and no copy out of it is under way; the target was
-                // checked to be large enough, and the pinned source lives as long as `self`.
+                // checked to be large enough, and is not freed before the event below; the pinned source lives
+                // as long as `self`.
                 unsafe {
                     std::ptr::copy_nonoverlapping(bytes.as_ptr(), pinned, bytes.len());
                     let source = pinned.cast_const().cast();
@@ -206,18 +273,17 @@ impl Staging {
                 }
                 staged.copied = Some(self.stream.record_event(None)?);
             }
-            Ok(())
+            self.stream.record_event(None)
         };
-        send().map_err(|error| driver_failed("could not copy to the device", error))
-    }
-
-    /// An event after everything uploaded so far, for another stream to wait for.
-    ///
-    /// # Errors
-    ///
-    /// The driver fails.
-    pub fn sent(&self) -> Result<CudaEvent> {
-        self.stream.record_event(None).map_err(|error| driver_failed("could not record an event", error))
+        let sent = send().map_err(|error| {
+            // Pieces without an event may be on their way.
+            let _ = self.stream.synchronize();
+            driver_failed("could not copy to the device", error)
+        })?;
+        let sent = Arc::new(sent);
+        // Each copy waited for the one before: the last event stands for all.
+        *arrived = Some(Arc::clone(&sent));
+        Ok(Upload(sent))
     }
 }
 
@@ -228,20 +294,6 @@ impl Drop for Staging {
     }
 }
 
-/// An element type of device buffers.
-pub trait Element: bytemuck::Pod {
-    /// As kernels' entry points name it: `f32`, `bf16`.
-    const NAME: &'static str;
-}
-
-impl Element for f32 {
-    const NAME: &'static str = "f32";
-}
-
-impl Element for half::bf16 {
-    const NAME: &'static str = "bf16";
-}
-
 /// A row-major array on the device, `[rows, width]`.
 pub struct Buf<T> {
     allocation: Allocation,
@@ -250,15 +302,19 @@ pub struct Buf<T> {
     element: PhantomData<T>,
 }
 
-impl<T: bytemuck::Pod> Buf<T> {
+impl<T: Element> Buf<T> {
     /// With unspecified contents.
     ///
     /// # Errors
     ///
     /// The budget or the device is exhausted.
     pub fn new(memory: &Memory, rows: usize, width: usize) -> Result<Self> {
-        let allocation = memory.alloc(rows * width * size_of::<T>())?;
-        Ok(Self { allocation, rows, width, element: PhantomData })
+        let bytes = rows.checked_mul(width).and_then(|len| len.checked_mul(size_of::<T>()));
+        let bytes = bytes.ok_or_else(|| {
+            let asked = format!("{rows} x {width} elements of {} bytes", size_of::<T>());
+            memory.exhausted("the device memory budget", memory.budget(), memory.used_bytes(), &asked)
+        })?;
+        Ok(Self { allocation: memory.alloc(bytes)?, rows, width, element: PhantomData })
     }
 
     /// Number of rows.
@@ -281,7 +337,12 @@ impl<T: bytemuck::Pod> Buf<T> {
     /// # Errors
     ///
     /// As [`Buf::new`], or the driver fails.
+    ///
+    /// # Panics
+    ///
+    /// `values` are not whole rows.
     pub fn from_host(memory: &Memory, values: &[T], width: usize) -> Result<Self> {
+        assert!(values.len().is_multiple_of(width), "{} values in rows of {width}", values.len());
         let mut buf = Self::new(memory, values.len() / width.max(1), width)?;
         if !values.is_empty() {
             let bytes: &[u8] = bytemuck::cast_slice(values);

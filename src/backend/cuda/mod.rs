@@ -8,19 +8,25 @@
 //! of its kernels, and repeats each parameter beside its argument.
 
 pub mod device;
+pub mod element;
 pub mod launch;
 pub mod linear;
 pub mod memory;
 pub mod module;
 pub mod norm;
 pub mod nvrtc;
+pub mod sources;
 pub mod stats;
-mod tensor_map;
+pub mod tensor_map;
 
 pub use device::{Device, DeviceInfo, DeviceName, devices};
-pub use memory::{Buf, Element, Memory};
-pub use module::{Kernel, ModuleSpec, Modules, Sources};
+pub use element::{Element, Format, Real};
+pub use memory::{Buf, Memory};
+pub use module::{Kernel, ModuleSpec, Modules};
 pub use nvrtc::{Code, Nvrtc};
+pub use sources::Sources;
+
+use std::sync::Arc;
 
 use crate::error::Result;
 
@@ -59,7 +65,7 @@ impl Cuda {
     /// # Errors
     ///
     /// NVRTC is missing, or the file does not compile.
-    pub fn kernel(&self, file: &'static str, name: &'static str) -> Result<Kernel> {
+    pub fn kernel(&self, file: &'static str, name: &'static str) -> Result<Arc<Kernel>> {
         self.modules.kernel(file, name)
     }
 }

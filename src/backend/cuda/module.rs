@@ -4,11 +4,11 @@
 //! depend on the driver being as new as the compiler. PTX, which the driver translates, is taken when
 //! `GRADLENS_CUDA_CODE=ptx` says so, and for architectures newer than the compiler.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{env, fs};
 
 use cudarc::driver::sys::CUfunction_attribute_enum as FunctionAttribute;
@@ -17,143 +17,15 @@ use cudarc::nvrtc::Ptx;
 use sha2::{Digest, Sha256};
 
 use super::device::{DeviceInfo, driver_failed};
-use super::nvrtc::{Code, Nvrtc};
+use super::launch::Checked;
+use super::nvrtc::{Code, Nvrtc, options};
+use super::sources::Sources;
 use crate::error::{Context, Error, Result};
 
 /// `ptx`: hand PTX to the driver; `cubin` or not set: machine code.
 pub const CODE_VARIABLE: &str = "GRADLENS_CUDA_CODE";
 /// Another folder for compiled kernels; empty: keep none.
 pub const CACHE_VARIABLE: &str = "GRADLENS_CACHE";
-
-/// One file below `kernels/`.
-macro_rules! kernel_file {
-    ($name:literal) => {
-        ($name, Cow::Borrowed(include_str!(concat!("../../../kernels/", $name))))
-    };
-}
-
-/// The texts of all kernel files.
-#[derive(Clone)]
-pub struct Sources {
-    files: Vec<(&'static str, Cow<'static, str>)>,
-}
-
-impl Sources {
-    /// As they were when the program was built.
-    pub fn embedded() -> Self {
-        Self {
-            files: vec![
-                kernel_file!("common.cuh"),
-                kernel_file!("hopper.cuh"),
-                kernel_file!("linear.cu"),
-                kernel_file!("linear_sm90.cu"),
-                kernel_file!("norm.cu"),
-                kernel_file!("stats.cu"),
-            ],
-        }
-    }
-
-    /// The same with one place of one file changed: how tests plant faults.
-    ///
-    /// # Errors
-    ///
-    /// No such file, or `from` does not occur in it exactly once.
-    pub fn with(mut self, file: &str, from: &str, to: &str) -> Result<Self> {
-        let missing = || Error::new("no such kernel file").found(file);
-        let (_, text) = self.files.iter_mut().find(|(name, _)| *name == file).ok_or_else(missing)?;
-        match text.matches(from).count() {
-            1 => *text = Cow::Owned(text.replacen(from, to, 1)),
-            count => {
-                return Err(Error::new("a change needs exactly one place")
-                    .at(file)
-                    .expected(from)
-                    .found(format!("{count} places")));
-            }
-        }
-        Ok(self)
-    }
-
-    /// The same and one file more.
-    pub fn and(mut self, file: &'static str, text: impl Into<Cow<'static, str>>) -> Self {
-        self.files.push((file, text.into()));
-        self
-    }
-
-    /// Names of the files that hold kernels.
-    pub fn kernel_files(&self) -> impl Iterator<Item = &'static str> {
-        self.files.iter().map(|(name, _)| *name).filter(|name| name.ends_with(".cu"))
-    }
-
-    /// The text of a file.
-    pub fn text(&self, file: &str) -> Option<&str> {
-        self.files.iter().find(|(name, _)| *name == file).map(|(_, text)| text.as_ref())
-    }
-
-    /// What kernel files may include: (name, text).
-    pub fn headers(&self) -> Vec<(&str, &str)> {
-        self.files
-            .iter()
-            .filter(|(name, _)| name.ends_with(".cuh"))
-            .map(|(name, text)| (*name, text.as_ref()))
-            .collect()
-    }
-
-    /// Name and parameters of each entry point of a file, as its text declares them. Entry points are written
-    /// out (`extern "C" __global__ void …`), never by a macro, so that this finds them.
-    pub fn entry_points(text: &str) -> HashMap<String, Vec<String>> {
-        let text = without_comments(text);
-        let declarations = text.split("extern \"C\" __global__").skip(1).filter_map(|rest| {
-            // … __launch_bounds__(256, 2) name(parameters) {
-            let head = &rest[..rest.find('{')?];
-            let close = head.rfind(')')?;
-            let open = matching_open(head, close)?;
-            let name = head[..open].trim_end().rsplit(|c: char| !c.is_alphanumeric() && c != '_').next()?;
-            Some((name.to_owned(), parameters(&head[open + 1..close])))
-        });
-        declarations.collect()
-    }
-}
-
-/// The text with comments blanked out.
-fn without_comments(text: &str) -> String {
-    let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
-    let mut text = lines.flat_map(|line| [line, "\n"]).collect::<String>();
-    while let Some(start) = text.find("/*") {
-        let end = text[start..].find("*/").map_or(text.len(), |end| start + end + 2);
-        text.replace_range(start..end, " ");
-    }
-    text
-}
-
-/// The parenthesis that `close` ends.
-fn matching_open(text: &str, close: usize) -> Option<usize> {
-    let mut level = 0;
-    for (at, c) in text[..=close].char_indices().rev() {
-        match c {
-            ')' => level += 1,
-            '(' => level -= 1,
-            _ => {}
-        }
-        if level == 0 {
-            return Some(at);
-        }
-    }
-    None
-}
-
-/// The declarations of a parameter list, spaces normalised.
-fn parameters(list: &str) -> Vec<String> {
-    let each = list.split(',').map(normalised);
-    each.filter(|parameter| !parameter.is_empty()).collect()
-}
-
-/// A C declaration with spaces only where words meet: `const float* __restrict__ x` and `const float *x` are
-/// the same parameter.
-pub(super) fn normalised(declaration: &str) -> String {
-    let spaced =
-        declaration.replace("__restrict__", " ").replace("__grid_constant__", " ").replace('*', " * ");
-    spaced.split_whitespace().collect::<Vec<_>>().join(" ").replace(" *", "*")
-}
 
 /// Which kernels, and how they reach the driver.
 #[derive(Clone)]
@@ -197,7 +69,8 @@ pub struct Modules {
     sources: Sources,
     target: Target,
     cache: Option<PathBuf>,
-    loaded: Mutex<HashMap<String, Arc<Module>>>,
+    /// A file is locked by itself, so that one can be compiled while kernels of another are launched.
+    files: Mutex<HashMap<&'static str, Arc<Mutex<Option<Module>>>>>,
 }
 
 /// What to compile for.
@@ -210,11 +83,13 @@ struct Target {
 
 struct Module {
     module: Arc<CudaModule>,
+    /// Parameters by name.
     entry_points: HashMap<String, Vec<String>>,
+    /// Those that were asked for so far.
+    kernels: HashMap<&'static str, Arc<Kernel>>,
 }
 
 /// An entry point, ready to be launched.
-#[derive(Clone)]
 pub struct Kernel {
     /// As the driver knows it.
     pub function: CudaFunction,
@@ -223,7 +98,11 @@ pub struct Kernel {
     /// The file it stands in.
     pub file: &'static str,
     /// Its parameters as declared.
-    pub parameters: Arc<Vec<String>>,
+    pub parameters: Vec<String>,
+    /// Lists of arguments that match them.
+    pub(super) checked: Mutex<Vec<Arc<Checked>>>,
+    /// Dynamic shared memory that it may be launched with, as far as it was asked for.
+    allowed_bytes: AtomicU32,
 }
 
 impl Modules {
@@ -231,7 +110,7 @@ impl Modules {
     pub(super) fn new(context: &Arc<CudaContext>, info: &DeviceInfo, spec: ModuleSpec) -> Self {
         let ModuleSpec { sources, code, cache } = spec;
         let target = Target { arch: info.arch(), code };
-        Self { context: Arc::clone(context), sources, target, cache, loaded: Mutex::default() }
+        Self { context: Arc::clone(context), sources, target, cache, files: Mutex::default() }
     }
 
     /// The entry point `name` of `file`; compiles and loads the file on first use.
@@ -239,31 +118,33 @@ impl Modules {
     /// # Errors
     ///
     /// NVRTC is missing, the file does not compile or load, or has no such entry point.
-    pub fn kernel(&self, file: &'static str, name: &'static str) -> Result<Kernel> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let module = match loaded.get(file) {
-            Some(module) => Arc::clone(module),
-            None => {
-                let module = Arc::new(self.load(file)?);
-                loaded.insert(file.to_owned(), Arc::clone(&module));
-                module
-            }
+    pub fn kernel(&self, file: &'static str, name: &'static str) -> Result<Arc<Kernel>> {
+        let place = Arc::clone(lock(&self.files).entry(file).or_default());
+        let mut place = lock(&place);
+        let module = match &mut *place {
+            Some(module) => module,
+            none => none.insert(self.load(file)?),
         };
-        drop(loaded);
+        if let Some(kernel) = module.kernels.get(name) {
+            return Ok(Arc::clone(kernel));
+        }
         let missing = || Error::new(format!("no entry point {name}")).at(format!("kernels/{file}"));
-        let parameters = module.entry_points.get(name).ok_or_else(missing)?;
+        let parameters = module.entry_points.get(name).ok_or_else(missing)?.clone();
         let function = module
             .module
             .load_function(name)
             .map_err(|error| driver_failed(&format!("has no kernel {name}"), error))?;
-        Ok(Kernel { function, name, file, parameters: Arc::new(parameters.clone()) })
+        let (checked, allowed_bytes) = (Mutex::default(), AtomicU32::new(0));
+        let kernel = Arc::new(Kernel { function, name, file, parameters, checked, allowed_bytes });
+        module.kernels.insert(name, Arc::clone(&kernel));
+        Ok(kernel)
     }
 
     fn load(&self, file: &str) -> Result<Module> {
         let missing = || Error::new("no such kernel file").found(file);
         let text = self.sources.text(file).ok_or_else(missing)?;
         let nvrtc = Nvrtc::load()?;
-        let target = self.target.clone().known_to(nvrtc);
+        let target = self.target.clone().known_to(&nvrtc.archs);
         let entry =
             self.cache.as_ref().map(|folder| folder.join(self.entry_name(file, text, nvrtc, &target)));
         let image = match entry.as_deref().and_then(read_entry) {
@@ -288,7 +169,7 @@ impl Modules {
                 .expected(format!("a driver for code of NVRTC {major}.{minor} ({target})"))
                 .hint("a driver older than NVRTC may refuse its code: update it, or install an older nvidia-cuda-nvrtc")
         })?;
-        Ok(Module { module, entry_points: Sources::entry_points(text) })
+        Ok(Module { module, entry_points: Sources::entry_points(text), kernels: HashMap::new() })
     }
 
     /// The cache's name for what `file` compiles to: everything that decides it.
@@ -299,7 +180,10 @@ impl Modules {
             hash.update(bytes);
         };
         let (major, minor) = nvrtc.version;
-        field(format!("1 {major}.{minor} {target}").as_bytes());
+        field(format!("2 {major}.{minor}").as_bytes());
+        for option in options(&target.option()) {
+            field(option.as_bytes());
+        }
         field(text.as_bytes());
         for (name, text) in self.sources.headers() {
             field(name.as_bytes());
@@ -311,11 +195,13 @@ impl Modules {
 }
 
 impl Target {
-    /// Machine code where the compiler knows the architecture, else PTX for the newest it knows.
-    fn known_to(self, nvrtc: &Nvrtc) -> Self {
+    /// The same where the compiler knows the architecture (`archs`: those it knows, 90 for 9.0), else PTX for the
+    /// last one before it, which the driver brings up to date. Nothing known, or only newer ones: the same, and
+    /// the compiler's own error.
+    fn known_to(self, archs: &[i32]) -> Self {
         let number = self.arch.trim_end_matches('a').parse::<i32>().unwrap_or(0);
-        match nvrtc.newest_arch() {
-            Some(newest) if newest < number => Self { arch: newest.to_string(), code: Code::Ptx },
+        match archs.iter().filter(|arch| **arch <= number).max() {
+            Some(arch) if *arch != number => Self { arch: arch.to_string(), code: Code::Ptx },
             _ => self,
         }
     }
@@ -343,15 +229,27 @@ impl Kernel {
     ///
     /// The device has less.
     pub fn allow_shared_bytes(&self, bytes: u32) -> Result<()> {
+        if bytes <= self.allowed_bytes.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        self.function.set_attribute(attribute, bytes as i32).map_err(|error| {
+        // What is no i32 is more than there is, too.
+        let wanted = i32::try_from(bytes).unwrap_or(i32::MAX);
+        self.function.set_attribute(attribute, wanted).map_err(|error| {
             driver_failed(
                 &format!("does not give kernel {} {bytes} bytes of shared memory", self.name),
                 error,
             )
             .at(format!("kernels/{}", self.file))
-        })
+        })?;
+        self.allowed_bytes.fetch_max(bytes, Ordering::Relaxed);
+        Ok(())
     }
+}
+
+/// Locks what a panic elsewhere leaves whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A cache entry is the SHA-256 of the image, then the image: what was cut off or damaged is compiled again.
@@ -380,37 +278,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entry_points_are_read_from_the_text() {
-        let text = r#"
-            // extern "C" __global__ void not_this(int x) {}
-            extern "C" __global__ void __launch_bounds__(256, 2)
-            first(const bf16* __restrict__ x, /* [N, D] */ float *y,
-                  int rows) {
-            }
-            extern "C" __global__ void second() { if (x) {} }
-        "#;
-        let found = Sources::entry_points(text);
-        assert_eq!(found.len(), 2);
-        assert_eq!(found["first"], ["const bf16* x", "float* y", "int rows"]);
-        assert!(found["second"].is_empty());
-    }
-
-    #[test]
-    fn declarations_compare_without_spaces_and_qualifiers() {
-        for same in ["const float* x", "const float *x", "const  float * __restrict__ x"] {
-            assert_eq!(normalised(same), "const float* x");
+    fn what_the_compiler_does_not_know_becomes_ptx_for_what_it_knows() {
+        let archs = [75, 80, 86, 89, 90, 100, 101, 120];
+        let known = |arch: &str, code| Target { arch: arch.to_owned(), code }.known_to(&archs).option();
+        for (arch, cubin, ptx) in [
+            ("80", "sm_80", "compute_80"),
+            ("90a", "sm_90a", "compute_90a"),
+            ("120", "sm_120", "compute_120"),
+            // Newer than the compiler, and older than its newest but not in its list.
+            ("121", "compute_120", "compute_120"),
+            ("103", "compute_101", "compute_101"),
+            ("87", "compute_86", "compute_86"),
+            // Left to the compiler's own words.
+            ("70", "sm_70", "compute_70"),
+        ] {
+            assert_eq!((known(arch, Code::Cubin).as_str(), known(arch, Code::Ptx).as_str()), (cubin, ptx));
         }
-        assert_ne!(normalised("const float* x"), normalised("const float* y"));
-    }
-
-    #[test]
-    fn a_change_needs_its_place() {
-        let sources = Sources::embedded();
-        assert!(sources.clone().with("nope.cu", "a", "b").is_err());
-        assert!(sources.clone().with("common.cuh", "no such words", "").is_err());
-        assert!(sources.clone().with("common.cuh", "__device__", "").is_err(), "occurs often");
-        let changed = sources.with("common.cuh", "#pragma once", "#pragma twice").unwrap();
-        assert!(changed.text("common.cuh").unwrap().contains("#pragma twice"));
+        let target = Target { arch: "90a".to_owned(), code: Code::Cubin };
+        assert_eq!(target.clone().known_to(&[]), target);
     }
 
     #[test]

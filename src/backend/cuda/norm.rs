@@ -1,7 +1,7 @@
 //! RMSNorm: `kernels/norm.cu`.
 
-use super::launch::Launch;
-use super::{Buf, Cuda, Element, Kernel};
+use super::launch::{Launch, int};
+use super::{Buf, Cuda, Format, Kernel, Real};
 use crate::error::Result;
 
 /// A norm besides its weight.
@@ -45,6 +45,18 @@ impl Team {
     }
 }
 
+/// Rows of a norm in `x` and their width, which is the weight's.
+///
+/// # Panics
+///
+/// The weight is not one row, or x has no whole number of norms in a row.
+fn rows_of_norm(x: &Buf<f32>, weight: &Buf<f32>) -> (usize, usize) {
+    let width = weight.width();
+    assert!(weight.rows() == 1 && width > 0, "a norm's weight is one row");
+    assert!(x.width().is_multiple_of(width), "rows of {} for norms of {width}", x.width());
+    (x.rows() * (x.width() / width), width)
+}
+
 impl Cuda {
     /// The norm of each row of the weight's width (for a norm per head x has several in a row of its own);
     /// x `[N, k·width]`, weight `[1, width]` → `[N, k·width]`.
@@ -52,16 +64,16 @@ impl Cuda {
     /// # Errors
     ///
     /// The device's memory is exhausted, or the driver fails.
-    pub fn norm<Y: Element>(&self, x: &Buf<f32>, weight: &Buf<f32>, spec: NormSpec) -> Result<Buf<Y>> {
-        let width = weight.width();
-        let rows = x.rows() * x.width() / width;
+    ///
+    /// # Panics
+    ///
+    /// The shapes do not match: the weight is not one row, or x has no whole number of norms in a row.
+    pub fn norm<Y: Real>(&self, x: &Buf<f32>, weight: &Buf<f32>, spec: NormSpec) -> Result<Buf<Y>> {
+        let (rows, width) = rows_of_norm(x, weight);
         let Team::Lanes(lanes) = Team::of(width, false) else {
             return self.norm_by_blocks(x, None::<(&Buf<f32>, &Buf<f32>)>, weight, spec);
         };
-        let (name, y_declared) = match Y::NAME {
-            "f32" => ("norm_forward_f32_lanes", "float* y"),
-            _ => ("norm_forward_bf16_lanes", "bf16* y"),
-        };
+        let name = Y::FORMAT.pick("norm_forward_f32_lanes", "norm_forward_bf16_lanes");
         let kernel = self.kernel("norm.cu", name)?;
         let y = Buf::new(&self.device.memory, x.rows(), x.width())?;
         let launch = Team::Lanes(lanes)
@@ -71,9 +83,9 @@ impl Cuda {
             .arg("float weight_offset", spec.weight_offset)
             .arg("float eps", spec.eps)
             .arg("i64 rows", rows as i64)
-            .arg("int width", width as i32)
+            .arg("int width", int(width))
             .arg("int lanes", lanes)
-            .arg(y_declared, &y);
+            .arg(Y::FORMAT.pick("float* y", "bf16* y"), &y);
         // SAFETY: x and y are [rows, width], the weight [width].
         unsafe { launch.on(&self.device.compute) }?;
         Ok(y)
@@ -84,7 +96,11 @@ impl Cuda {
     /// # Errors
     ///
     /// As [`Cuda::norm`].
-    pub fn add_norm<D: Element, Y: Element>(
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn add_norm<D: Real, Y: Real>(
         &self,
         x: &Buf<f32>,
         delta: &Buf<D>,
@@ -99,41 +115,37 @@ impl Cuda {
     }
 
     /// `delta_h`: what is added before the norm, and where the sum goes.
-    fn norm_by_blocks<D: Element, Y: Element>(
+    fn norm_by_blocks<D: Real, Y: Real>(
         &self,
         x: &Buf<f32>,
         delta_h: Option<(&Buf<D>, &Buf<f32>)>,
         weight: &Buf<f32>,
         spec: NormSpec,
     ) -> Result<Buf<Y>> {
-        let width = weight.width();
-        let rows = x.rows() * x.width() / width;
+        let (rows, width) = rows_of_norm(x, weight);
         let team = Team::of(width, true);
-        let name = match (D::NAME, Y::NAME, team) {
-            ("f32", "f32", Team::Any) => "norm_forward_f32_f32_any",
-            ("f32", "f32", _) => "norm_forward_f32_f32_block",
-            ("f32", _, Team::Any) => "norm_forward_f32_bf16_any",
-            ("f32", ..) => "norm_forward_f32_bf16_block",
-            (_, "f32", Team::Any) => "norm_forward_bf16_f32_any",
-            (_, "f32", _) => "norm_forward_bf16_f32_block",
-            (.., Team::Any) => "norm_forward_bf16_bf16_any",
-            _ => "norm_forward_bf16_bf16_block",
+        let name = match (D::FORMAT, Y::FORMAT, team) {
+            (Format::F32, Format::F32, Team::Any) => "norm_forward_f32_f32_any",
+            (Format::F32, Format::F32, _) => "norm_forward_f32_f32_block",
+            (Format::F32, Format::Bf16, Team::Any) => "norm_forward_f32_bf16_any",
+            (Format::F32, Format::Bf16, _) => "norm_forward_f32_bf16_block",
+            (Format::Bf16, Format::F32, Team::Any) => "norm_forward_bf16_f32_any",
+            (Format::Bf16, Format::F32, _) => "norm_forward_bf16_f32_block",
+            (Format::Bf16, Format::Bf16, Team::Any) => "norm_forward_bf16_bf16_any",
+            (Format::Bf16, Format::Bf16, _) => "norm_forward_bf16_bf16_block",
         };
         let kernel = self.kernel("norm.cu", name)?;
         let y = Buf::new(&self.device.memory, x.rows(), x.width())?;
         let launch = team
             .launch(&kernel, rows, width)
             .arg("const float* x", x)
-            .arg(
-                if D::NAME == "f32" { "const float* delta" } else { "const bf16* delta" },
-                delta_h.map(|(delta, _)| delta),
-            )
+            .arg(D::FORMAT.pick("const float* delta", "const bf16* delta"), delta_h.map(|(delta, _)| delta))
             .arg("float* h", delta_h.map(|(_, h)| h))
             .arg("const float* weight", weight)
             .arg("float weight_offset", spec.weight_offset)
             .arg("float eps", spec.eps)
-            .arg("int width", width as i32)
-            .arg(if Y::NAME == "f32" { "float* y" } else { "bf16* y" }, &y);
+            .arg("int width", int(width))
+            .arg(Y::FORMAT.pick("float* y", "bf16* y"), &y);
         // SAFETY: x, delta, h and y are [rows, width] where they are present, the weight [width].
         unsafe { launch.on(&self.device.compute) }?;
         Ok(y)
@@ -144,7 +156,11 @@ impl Cuda {
     /// # Errors
     ///
     /// As [`Cuda::norm`].
-    pub fn norm_backward<G: Element>(
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn norm_backward<G: Real>(
         &self,
         x: &Buf<f32>,
         weight: &Buf<f32>,
@@ -154,16 +170,15 @@ impl Cuda {
     ) -> Result<Buf<f32>> {
         let shape = (x.rows(), x.width());
         assert_eq!((dy.rows(), dy.width()), shape, "dy has the shape of x");
-        let width = weight.width();
-        let rows = x.rows() * x.width() / width;
+        let (rows, width) = rows_of_norm(x, weight);
         let team = Team::of(width, false);
-        let name = match (G::NAME, team) {
-            ("f32", Team::Block) => "norm_backward_f32_block",
-            ("f32", Team::Lanes(_)) => "norm_backward_f32_lanes",
-            ("f32", Team::Any) => "norm_backward_f32_any",
-            (_, Team::Block) => "norm_backward_bf16_block",
-            (_, Team::Lanes(_)) => "norm_backward_bf16_lanes",
-            (_, Team::Any) => "norm_backward_bf16_any",
+        let name = match (G::FORMAT, team) {
+            (Format::F32, Team::Block) => "norm_backward_f32_block",
+            (Format::F32, Team::Lanes(_)) => "norm_backward_f32_lanes",
+            (Format::F32, Team::Any) => "norm_backward_f32_any",
+            (Format::Bf16, Team::Block) => "norm_backward_bf16_block",
+            (Format::Bf16, Team::Lanes(_)) => "norm_backward_bf16_lanes",
+            (Format::Bf16, Team::Any) => "norm_backward_bf16_any",
         };
         let kernel = self.kernel("norm.cu", name)?;
         // What the gradient holds so far is read where it is written.
@@ -181,12 +196,12 @@ impl Cuda {
         if let Team::Lanes(_) = team {
             launch = launch.arg("i64 rows", rows as i64);
         }
-        launch = launch.arg("int width", width as i32);
+        launch = launch.arg("int width", int(width));
         if let Team::Lanes(lanes) = team {
             launch = launch.arg("int lanes", lanes);
         }
         let launch = launch
-            .arg(if G::NAME == "f32" { "const float* dy" } else { "const bf16* dy" }, dy)
+            .arg(G::FORMAT.pick("const float* dy", "const bf16* dy"), dy)
             .arg("const float* addend", so_far.then_some(&out))
             .arg("float* dx", &out);
         // SAFETY: x, dy and dx are [rows, width], the weight [width].

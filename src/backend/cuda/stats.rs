@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::launch::{Launch, Value};
-use super::{Buf, Cuda, Element};
+use super::element::Segment;
+use super::launch::{Launch, Value, int};
+use super::{Buf, Cuda, Format, Real};
 use crate::backend::{Moments, NonFinite};
 use crate::error::Result;
 
@@ -63,11 +64,13 @@ impl DeviceMoments {
 
 /// Rows of `samples` as the kernel takes them (first row, number of rows), and the sample of each segment. A
 /// sample is cut from its own first row on, so its segments do not depend on where it lies.
-fn segments(samples: &[Range<usize>]) -> (Vec<[i32; 2]>, Vec<usize>) {
+fn segments(samples: &[Range<usize>]) -> (Vec<Segment>, Vec<usize>) {
     let cut = |(sample, rows): (usize, &Range<usize>)| {
         let end = rows.end;
         let starts = rows.clone().step_by(SEGMENT_ROWS);
-        starts.map(move |start| ([start as i32, SEGMENT_ROWS.min(end - start) as i32], sample))
+        starts.map(move |start| {
+            (Segment { first_row: int(start), rows: int(SEGMENT_ROWS.min(end - start)) }, sample)
+        })
     };
     samples.iter().enumerate().flat_map(cut).unzip()
 }
@@ -89,7 +92,11 @@ impl Cuda {
     /// # Errors
     ///
     /// As [`Cuda::new_moments`].
-    pub fn add_moments<T: Element>(
+    ///
+    /// # Panics
+    ///
+    /// x has another width than the sums, or samples lie outside x.
+    pub fn add_moments<T: Real>(
         &self,
         x: &Buf<T>,
         samples: &[Range<usize>],
@@ -103,29 +110,28 @@ impl Cuda {
         let memory = &self.device.memory;
         let lowest = Buf::from_host(memory, &vec![u32::MAX; groups], groups.max(1))?;
         let together = 16 / size_of::<T>();
-        let (name, columns) = match (T::NAME, width.is_multiple_of(together)) {
-            ("f32", true) => ("moments_segments_f32", 32 * together),
-            ("f32", false) => ("moments_segments_f32_any", 64),
-            (_, true) => ("moments_segments_bf16", 32 * together),
-            (_, false) => ("moments_segments_bf16_any", 64),
+        let (name, columns) = match (T::FORMAT, width.is_multiple_of(together)) {
+            (Format::F32, true) => ("moments_segments_f32", 32 * together),
+            (Format::F32, false) => ("moments_segments_f32_any", 64),
+            (Format::Bf16, true) => ("moments_segments_bf16", 32 * together),
+            (Format::Bf16, false) => ("moments_segments_bf16_any", 64),
         };
         let first = self.kernel("stats.cu", name)?;
         let second = self.kernel("stats.cu", "moments_accumulate")?;
         let on_device = Buf::from_host(memory, &segments, 1)?;
         let partials = Buf::<f32>::new(memory, 4 * segments.len().min(GROUP), width)?;
         for (group, members) in segments.chunks(GROUP).enumerate() {
-            let member = |buf: u64, bytes: usize| Value::Address(buf + (group * bytes) as u64);
             let summed = Launch::new(&first, members.len() * width.div_ceil(columns), 128)
-                .arg(if T::NAME == "f32" { "const float* values" } else { "const bf16* values" }, x)
-                .arg("int width", width as i32)
-                .arg("const Segment* segments", member(on_device.allocation().address(), GROUP * 8))
+                .arg(T::FORMAT.pick("const float* values", "const bf16* values"), x)
+                .arg("int width", int(width))
+                .arg("const Segment* segments", Value::at(&on_device, group * GROUP))
                 .arg("float* partials", &partials)
-                .arg("u32* non_finite", member(lowest.allocation().address(), 4));
+                .arg("u32* non_finite", Value::at(&lowest, group));
             let added = Launch::new(&second, width.div_ceil(64), 64)
                 .grid_y(4)
                 .arg("const float* partials", &partials)
-                .arg("int num_segments", members.len() as i32)
-                .arg("int width", width as i32)
+                .arg("int num_segments", int(members.len()))
+                .arg("int width", int(width))
                 .arg("double* sums", &into.sums);
             // SAFETY: segments lie in x, which is [N, width]; partials are [4, S, width] for this group's S; its
             // segments and its place in `lowest` exist; the sums are [4, width].
@@ -146,7 +152,8 @@ mod tests {
     #[test]
     fn samples_are_cut_from_their_own_first_row() {
         let (cut, of) = segments(&[3..4, 5..5, 10..266, 266..400]);
-        assert_eq!(cut, [[3, 1], [10, 128], [138, 128], [266, 128], [394, 6]]);
+        let cut: Vec<_> = cut.iter().map(|segment| (segment.first_row, segment.rows)).collect();
+        assert_eq!(cut, [(3, 1), (10, 128), (138, 128), (266, 128), (394, 6)]);
         assert_eq!(of, [0, 2, 2, 3, 3]);
     }
 }

@@ -10,36 +10,53 @@ use super::launch::TensorMap;
 use super::memory::Buf;
 use crate::error::Result;
 
-/// Elements of a box's row: 128 bytes, the span of the swizzle.
+/// Elements of a box's row: 128 bytes, the span of the kernels' swizzle.
 pub const BOX_WIDTH: u32 = 64;
 
+/// In which order a box's 16-byte chunks lie in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Swizzle {
+    /// As in the matrix.
+    Plain,
+    /// Exchanged within 64 bytes, which is as wide as a box may then be.
+    B64,
+    /// Exchanged within 128 bytes: what the kernels expect.
+    B128,
+}
+
 impl TensorMap {
-    /// Of `matrix`, copied in boxes of `box_rows` × [`BOX_WIDTH`] with the 128-byte swizzle, zeros outside. Rows
-    /// must be multiples of 16 bytes.
+    /// Of `matrix`, copied in boxes of `box_rows` × [`BOX_WIDTH`], zeros outside. Rows must be multiples of 16
+    /// bytes.
     ///
     /// # Errors
     ///
     /// The driver refuses the sizes.
-    pub fn of(matrix: &Buf<bf16>, box_rows: u32) -> Result<Self> {
+    pub fn of(matrix: &Buf<bf16>, box_rows: u32, swizzle: Swizzle) -> Result<Self> {
         let sizes = [matrix.width() as u64, matrix.rows() as u64];
         let row_bytes = [matrix.width() as u64 * 2];
         let box_sizes = [BOX_WIDTH, box_rows];
         let steps = [1_u32; 2];
-        let mut map = Self([0; 16]);
-        // SAFETY: the map has the size and alignment of a CUtensorMap; the arrays have `rank` and `rank` − 1
+        let swizzle = match swizzle {
+            Swizzle::Plain => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            Swizzle::B64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::B128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let allocation = matrix.allocation();
+        let mut map = Self { words: [0; 16], stream: allocation.stream().cu_stream() };
+        // SAFETY: the map has the size of a CUtensorMap and starts at its alignment; the arrays have `rank` and `rank` − 1
         // entries and are read during the call alone. The address is kept, not followed.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
-                (&raw mut map).cast(),
+                (&raw mut map.words).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 2,
-                matrix.allocation().address() as *mut c_void,
+                allocation.address() as *mut c_void,
                 sizes.as_ptr(),
                 row_bytes.as_ptr(),
                 box_sizes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

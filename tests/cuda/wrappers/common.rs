@@ -4,7 +4,7 @@ use gradlens::backend::cuda::launch::Value;
 use half::bf16;
 
 use super::super::machine::Random;
-use super::{At, Case, bits, pair, upload};
+use super::{At, Case, bits, floats, pair, paired, upload};
 
 pub const FILE: &str = "wrappers.cu";
 
@@ -197,7 +197,7 @@ fn sums(name: &'static str, entry: &'static str, threads: usize, team: usize) ->
         run: Box::new(move |machine, at| {
             let given = upload(machine, &x)?;
             at.launch(machine, x.len(), |out| {
-                vec![("const float* x", Value::from(&given)), ("float* out", out)]
+                vec![("const float* x", Value::from(&given)), ("float* out", floats(out))]
             })
         }),
     }
@@ -270,7 +270,7 @@ fn load_matrices(name: &'static str, entry: &'static str, trans: bool) -> Case {
         expected: (0..128).map(|i| register(i / 4, i % 4)).collect(),
         at: at(entry, 1, 32),
         run: Box::new(move |machine, at| {
-            let given = upload(machine, &given)?;
+            let given = upload(machine, &paired(&given))?;
             at.launch(machine, 128, |out| vec![("const u32* in", Value::from(&given)), ("u32* out", out)])
         }),
     }
@@ -320,14 +320,17 @@ fn multiply_fragments() -> Case {
         expected: bits(d_places.iter().map(|(row, column)| product(*row, *column))),
         at: at("multiply_fragments", 1, 32),
         run: Box::new(move |machine, at| {
-            let (a, b, d) =
-                (upload(machine, &a_given)?, upload(machine, &b_given)?, upload(machine, &d_given)?);
+            let (a, b, d) = (
+                upload(machine, &paired(&a_given))?,
+                upload(machine, &paired(&b_given))?,
+                upload(machine, &d_given)?,
+            );
             at.launch(machine, 128, |out| {
                 vec![
                     ("const u32* a", Value::from(&a)),
                     ("const u32* b", Value::from(&b)),
                     ("const float* d", Value::from(&d)),
-                    ("float* out", out),
+                    ("float* out", floats(out)),
                 ]
             })
         }),
@@ -349,7 +352,7 @@ fn gather_quads() -> Case {
         run: Box::new(move |machine, at| {
             let given = upload(machine, &tile)?;
             at.launch(machine, 32 * 5, |out| {
-                vec![("const float* tile", Value::from(&given)), ("float* out", out)]
+                vec![("const float* tile", Value::from(&given)), ("float* out", floats(out))]
             })
         }),
     }

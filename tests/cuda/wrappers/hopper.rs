@@ -2,12 +2,13 @@
 
 use gradlens::backend::cuda::Buf;
 use gradlens::backend::cuda::launch::{TensorMap, Value};
+use gradlens::backend::cuda::tensor_map::Swizzle;
 use gradlens::error::Result;
 use half::bf16;
 
 use super::super::machine::Machine;
 use super::common::{bf16_bits, integers};
-use super::{At, Case, bits, pair, upload};
+use super::{At, Case, bits, floats, pair, upload};
 
 pub const FILE: &str = "wrappers_sm90.cu";
 
@@ -31,7 +32,7 @@ pub fn cases() -> Vec<Case> {
 fn map(machine: &Machine, elements: &[u16], width: usize, box_rows: usize) -> Result<(Buf<bf16>, TensorMap)> {
     let elements: Vec<bf16> = elements.iter().map(|bits| bf16::from_bits(*bits)).collect();
     let matrix = Buf::from_host(&machine.cuda.device.memory, &elements, width)?;
-    let map = TensorMap::of(&matrix, box_rows as u32)?;
+    let map = TensorMap::of(&matrix, box_rows as u32, Swizzle::B128)?;
     Ok((matrix, map))
 }
 
@@ -233,7 +234,7 @@ fn product(Product { name, entry, columns, transposed, accumulate }: Product) ->
                     ("const TensorMap a", Value::from(a_map)),
                     ("const TensorMap b", Value::from(b_map)),
                     ("const float* start", Value::from(&start)),
-                    ("float* out", out),
+                    ("float* out", floats(out)),
                     ("int accumulate", Value::from(i32::from(accumulate))),
                 ]
             })

@@ -1,0 +1,210 @@
+//! Which kernel for which product.
+
+use crate::backend::cuda::device::DeviceInfo;
+use crate::backend::cuda::element::Real;
+
+/// Which of a layer's two products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the inputs to the outputs.
+    Forward,
+    /// From the outputs' gradient to the inputs'.
+    Backward,
+}
+
+/// Sizes of a layer's product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Tokens.
+    pub rows: usize,
+    /// Width of x and dx.
+    pub in_features: usize,
+    /// Width of y and dy.
+    pub out_features: usize,
+}
+
+/// The kernels: what part of the output a block computes, and with which instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// 128×128, mma.sync.
+    Large,
+    /// 64×64, mma.sync.
+    Small,
+    /// 64×64, mma.sync, for rows that do not start on 16 bytes.
+    Unaligned,
+    /// 128×128, wgmma.
+    Narrow,
+    /// 128×256, wgmma.
+    Wide,
+}
+
+impl Tile {
+    /// The kernel for a product.
+    pub fn choose(info: &DeviceInfo, direction: Direction, shape: Shape) -> Self {
+        let tiles: &[Self] = match info.compute_capability {
+            _ if !Self::Small.reads(direction, shape) => &[Self::Unaligned],
+            (9, 0) => &[Self::Wide, Self::Narrow],
+            _ => &[Self::Large, Self::Small],
+        };
+        let time = |tile: &Self| tile.time(direction, shape, info.multiprocessors);
+        let best = tiles.iter().min_by(|a, b| time(a).total_cmp(&time(b)));
+        *best.unwrap_or(&Self::Unaligned)
+    }
+
+    /// Whether the kernel can read a product's rows: all but one fetch 16 bytes at a time.
+    pub fn reads(self, direction: Direction, shape: Shape) -> bool {
+        let Shape { in_features, out_features, .. } = shape;
+        match (self, direction) {
+            (Self::Unaligned, _) => true,
+            (_, Direction::Forward) => in_features % 8 == 0,
+            (_, Direction::Backward) => in_features % 8 == 0 && out_features % 8 == 0,
+        }
+    }
+
+    /// Rows and columns of a tile.
+    pub(super) fn size(self) -> (usize, usize) {
+        match self {
+            Self::Large | Self::Narrow => (128, 128),
+            Self::Small | Self::Unaligned => (64, 64),
+            Self::Wide => (128, 256),
+        }
+    }
+
+    /// Tiles of the output.
+    pub(super) fn count(self, direction: Direction, shape: Shape) -> usize {
+        let (rows, columns) = self.size();
+        shape.rows.div_ceil(rows) * direction.columns(shape).div_ceil(columns)
+    }
+
+    /// Estimated time, to compare with that of other tiles: the busiest multiprocessor's outputs, dearer in
+    /// smaller tiles, which read more operands for each.
+    fn time(self, direction: Direction, shape: Shape, multiprocessors: u32) -> f64 {
+        let (rows, columns) = self.size();
+        let price = match self {
+            Self::Large | Self::Wide => 1.0,
+            Self::Narrow => 1.15,
+            Self::Small | Self::Unaligned => 1.6,
+        };
+        let busiest = self.count(direction, shape).div_ceil(multiprocessors.max(1) as usize);
+        (busiest * rows * columns) as f64 * price
+    }
+
+    /// Threads of a block.
+    pub(super) fn threads(self) -> u32 {
+        match self {
+            Self::Large | Self::Small | Self::Unaligned => 128,
+            Self::Narrow | Self::Wide => 384,
+        }
+    }
+
+    /// Dynamic shared memory of a block: stages of both operands in bfloat16, and two barriers a stage where
+    /// there are any.
+    pub(super) fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Large => 3 * (128 + 128) * 32 * 2,
+            Self::Small | Self::Unaligned => 3 * (64 + 64) * 64 * 2,
+            Self::Narrow => 6 * ((128 + 128) * 64 * 2 + 2 * 8),
+            Self::Wide => 4 * ((128 + 256) * 64 * 2 + 2 * 8),
+        }
+    }
+
+    /// The kernel's file and name.
+    pub(super) fn entry<Y: Real>(self, direction: Direction) -> (&'static str, &'static str) {
+        let names = match (direction, self) {
+            (Direction::Forward, Self::Large) => ["linear_forward_f32", "linear_forward_bf16"],
+            (Direction::Forward, Self::Small) => ["linear_forward_small_f32", "linear_forward_small_bf16"],
+            (Direction::Forward, Self::Unaligned) => {
+                ["linear_forward_unaligned_f32", "linear_forward_unaligned_bf16"]
+            }
+            (Direction::Forward, Self::Narrow) => ["linear_forward_sm90_f32", "linear_forward_sm90_bf16"],
+            (Direction::Forward, Self::Wide) => {
+                ["linear_forward_sm90_wide_f32", "linear_forward_sm90_wide_bf16"]
+            }
+            (Direction::Backward, Self::Large) => ["linear_backward_f32", "linear_backward_bf16"],
+            (Direction::Backward, Self::Small) => ["linear_backward_small_f32", "linear_backward_small_bf16"],
+            (Direction::Backward, Self::Unaligned) => {
+                ["linear_backward_unaligned_f32", "linear_backward_unaligned_bf16"]
+            }
+            (Direction::Backward, Self::Narrow) => ["linear_backward_sm90_f32", "linear_backward_sm90_bf16"],
+            (Direction::Backward, Self::Wide) => {
+                ["linear_backward_sm90_wide_f32", "linear_backward_sm90_wide_bf16"]
+            }
+        };
+        let file = if self.has_maps() { "linear_sm90.cu" } else { "linear.cu" };
+        let [f32, bf16] = names;
+        (file, Y::FORMAT.pick(f32, bf16))
+    }
+
+    /// Whether the operands are fetched by the copy engine.
+    pub(super) fn has_maps(self) -> bool {
+        matches!(self, Self::Narrow | Self::Wide)
+    }
+}
+
+impl Direction {
+    /// Width of the result.
+    fn columns(self, shape: Shape) -> usize {
+        match self {
+            Self::Forward => shape.out_features,
+            Self::Backward => shape.in_features,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(compute_capability: (i32, i32), multiprocessors: u32) -> DeviceInfo {
+        let (name, shared_bytes_per_block) = (String::new(), 100 << 10);
+        let (ordinal, total_bytes) = (0, 1 << 34);
+        DeviceInfo { ordinal, name, compute_capability, total_bytes, multiprocessors, shared_bytes_per_block }
+    }
+
+    fn chosen(compute_capability: (i32, i32), direction: Direction, sizes: [usize; 3]) -> Tile {
+        let [rows, in_features, out_features] = sizes;
+        let multiprocessors = if compute_capability == (9, 0) { 132 } else { 108 };
+        let shape = Shape { rows, in_features, out_features };
+        Tile::choose(&device(compute_capability, multiprocessors), direction, shape)
+    }
+
+    #[test]
+    fn large_outputs_take_large_tiles() {
+        for direction in [Direction::Forward, Direction::Backward] {
+            assert_eq!(chosen((8, 0), direction, [8192, 4096, 4096]), Tile::Large);
+            assert_eq!(chosen((8, 9), direction, [100, 896, 896]), Tile::Small);
+            assert_eq!(chosen((12, 0), direction, [8192, 4096, 4096]), Tile::Large);
+            assert_eq!(chosen((9, 0), direction, [8192, 4096, 4096]), Tile::Wide);
+            assert_eq!(chosen((9, 0), direction, [100, 896, 896]), Tile::Narrow);
+        }
+    }
+
+    #[test]
+    fn rows_that_do_not_start_on_16_bytes_take_plain_loads() {
+        for capability in [(8, 0), (9, 0)] {
+            assert_eq!(chosen(capability, Direction::Forward, [512, 897, 896]), Tile::Unaligned);
+            assert_eq!(chosen(capability, Direction::Backward, [512, 896, 897]), Tile::Unaligned);
+            assert_ne!(chosen(capability, Direction::Forward, [512, 896, 897]), Tile::Unaligned);
+        }
+    }
+
+    #[test]
+    fn what_is_chosen_can_be_read() {
+        for direction in [Direction::Forward, Direction::Backward] {
+            for (in_features, out_features) in [(8, 8), (8, 9), (9, 8), (9, 9), (896, 4864)] {
+                for capability in [(8, 0), (9, 0)] {
+                    let tile = chosen(capability, direction, [100, in_features, out_features]);
+                    assert!(tile.reads(direction, Shape { rows: 100, in_features, out_features }));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn which_instructions_does_not_depend_on_the_number_of_rows() {
+        for rows in [1, 64, 1000, 100_000] {
+            assert!(chosen((9, 0), Direction::Forward, [rows, 896, 4864]).has_maps());
+            assert!(!chosen((8, 6), Direction::Forward, [rows, 896, 4864]).has_maps());
+        }
+    }
+}
