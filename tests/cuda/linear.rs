@@ -189,7 +189,8 @@ fn same_bits(machine: &Machine, wanted: &[Tile]) {
             let found = machine.same_under_all_schedules(|| layer.run::<f32>(machine, tile, true));
             layer.check(tile, &found, true);
         }
-        if !faults::is_planted() {
+        // With a sanitizer, too, the first tile alone.
+        if !faults::is_planted() && (tile == wanted[0] || machine.affordable(66 * 200)) {
             other_outputs_have_the_same_bits(machine, tile);
         }
     }

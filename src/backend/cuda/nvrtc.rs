@@ -1,8 +1,8 @@
 //! NVIDIA's run-time compiler: where it is found, and one call that compiles a kernel file.
 //!
 //! NVRTC is loaded when it is first needed, so the program neither links nor requires it. Its functions are
-//! taken from the very file that was chosen ([`api`]): the loader's own path first, then pip and conda layouts
-//! and toolkit folders ([`places`]).
+//! taken from the very file that was chosen (`api`): the loader's own path first, then pip and conda layouts
+//! and toolkit folders (`places`).
 
 mod api;
 mod places;
@@ -18,7 +18,7 @@ use places::{Files, LOADER_NAMES};
 
 use crate::error::{Error, Result};
 
-/// Names a folder that holds NVRTC, or the library file itself.
+/// Names a folder that holds NVRTC, or the library file itself; empty: not set.
 pub const NVRTC_VARIABLE: &str = "GRADLENS_NVRTC";
 
 /// The first major version that knows compute capability 9.0's own instructions (12.0: `sm_90a`).
