@@ -74,6 +74,7 @@ fn mistakes_are_told() {
     passes(&again("without_a_compiler", &[], &[("CUEMU_CXX", "/nowhere/g++")]));
 }
 
+    passes(&again("without_a_cache", &[], &[("CUEMU_CACHE", "/proc/nowhere")]));
 #[test]
 #[ignore = "needs its environment"]
 fn of_a_wrong_variable() {
@@ -89,6 +90,13 @@ fn without_a_compiler() {
 
 #[test]
 fn schedules_come_from_the_environment_and_from_calls() {
+#[test]
+#[ignore = "needs its environment"]
+fn without_a_cache() {
+    let _context = Context::new(0);
+    fails(cuMemAlloc_v2(&mut 0, 4), 304, "set CUEMU_CACHE to a folder that can be written");
+}
+
     passes(&again("of_a_schedule", &[], &[("CUEMU_POLICY", "reverse"), ("CUEMU_POISON", "0x12345678")]));
 }
 
