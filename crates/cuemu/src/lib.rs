@@ -39,8 +39,9 @@
 //! happened: the kernel, the thread, the line of the `.cu` file.
 //!
 //! Tests control the driver through functions that it exports beside those of CUDA: `cuemu_set_schedule`,
-//! `cuemu_get_schedule` ([`driver::Schedule`]), `cuemu_counters` ([`driver::Stats`]), `cuemu_last_error`,
-//! `cuemu_live_allocations`, and `cuemu_reset`, which forgets failed kernels.
+//! `cuemu_get_schedule` ([`driver::Schedule`], of `cuemu_schedule_bytes` bytes), `cuemu_counters`
+//! ([`driver::Stats`]), `cuemu_last_error`, `cuemu_live_allocations`, and `cuemu_reset`, which forgets failed
+//! kernels.
 
 pub mod driver;
 pub mod ptx;

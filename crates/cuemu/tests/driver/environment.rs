@@ -107,6 +107,7 @@ fn of_a_schedule() {
     let mut schedule = cuemu::driver::Schedule::default();
     ok(cuemu_get_schedule(&mut schedule));
     assert_eq!((schedule.policy, schedule.poison), (1, 0x1234_5678));
+    assert_eq!(cuemu_schedule_bytes(), size_of_val(&schedule));
     let pointer = alloc(1);
     assert_eq!(read(pointer, 1), [0x1234_5678]);
     // Two streams that write the same word: the older one comes last.
