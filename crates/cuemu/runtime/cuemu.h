@@ -185,7 +185,7 @@ void mbarrier_invalidate(uint64_t barrier, Site site);
 uint64_t mbarrier_arrive(uint64_t barrier, uint32_t count, Site site);  // returns the state of the phase
 void mbarrier_expect_tx(uint64_t barrier, uint32_t bytes, Site site);
 bool mbarrier_test(uint64_t barrier, uint32_t parity, Site site);
-void mbarrier_wait(uint64_t barrier, uint32_t parity, Site site);       // try_wait, until the phase is over
+bool mbarrier_try(uint64_t barrier, uint32_t parity, Site site);        // may say no before the phase is over
 void cp_async_mbarrier_arrive(uint64_t barrier, bool no_increment, Site site);
 
 // Tensor maps (TMA). The driver writes this into the 128 bytes of a CUtensorMap.

@@ -120,6 +120,7 @@ void reset_thread(Block& block, uint32_t linear) {
   fiber.warp->existing |= 1u << fiber.lane;
   fiber.warp->alive |= 1u << fiber.lane;
   fiber.waits_on_mbarrier = no_barrier;
+  fiber.refused.clear();
   fiber.copies.clear();
   fiber.copy_groups.clear();
   fiber.copies_forgotten = fiber.copies_waited = fiber.copies_tracked = 0;

@@ -62,6 +62,7 @@ struct Fiber : Thread {
   const char* waits_for;  // while blocked
   Site waits_at;
   uint32_t waits_on_mbarrier, waits_on_parity;
+  std::vector<uint32_t> refused;  // phases that its mbarrier.try_wait found not over: address | parity
   // cp.async: indices count from the thread's beginning; `copies` begins with number `copies_forgotten`.
   std::vector<Copy> copies;
   std::vector<uint64_t> copy_groups;  // copies issued before each commit not yet waited for
