@@ -128,6 +128,8 @@ void reset_thread(Block& block, uint32_t linear) {
   fiber.bulk_groups_used = fiber.bulk_groups_waited = 0;
   fiber.wgmma_issued = fiber.wgmma_waited = 0;
   fiber.wgmma_groups.clear();
+  fiber.wgmma_fenced = fiber.wgmma_fence_due = false;
+  fiber.wgmma_returned.clear();
   fiber.priority = launch->schedule.policy == CUEMU_PRIORITY ? static_cast<uint32_t>(random_bits()) : 0;
   if (!fiber.stack) fiber.stack = stack_pool.take();
 }

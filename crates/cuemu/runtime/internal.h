@@ -74,6 +74,8 @@ struct Fiber : Thread {
   uint32_t wgmma_issued, wgmma_waited;
   std::vector<uint32_t> wgmma_groups;
   Site wgmma_site, bulk_site;  // of the latest one
+  bool wgmma_fenced, wgmma_fence_due;  // since the beginning; since registers were given back
+  std::vector<std::pair<const float*, uint32_t>> wgmma_returned;  // those registers, and their bits
   void* fake_stack;  // AddressSanitizer's
   void* tsan_fiber;
 };

@@ -68,3 +68,50 @@ fn a_try_wait_may_say_no() {
         assert!(failure.contains("deadlock") && failure.contains("mbarrier wait"), "{failure}");
     }
 }
+
+/// A kernel of one warpgroup: `F` wgmma.fence, `Z` a product, `A` one that adds to it, `Y`/`B` the same with
+/// other accumulators, `C` commit, `W` wait for all, `1` for all but one, `X` a change of the accumulators.
+fn products(steps: &str) -> String {
+    const PRODUCT: &str = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16";
+    let mut body = String::from(
+        ".shared .align 128 .b8 sb[256]; .reg .b64 %rd<2>; .reg .b32 %r<8>; .reg .f32 %f<8>; .reg .pred %p<2>;
+         mov.u32 %r0, sb; shr.u32 %r0, %r0, 4; cvt.u64.u32 %rd0, %r0; or.b64 %rd0, %rd0, 0x0000001000080000;
+         mov.u32 %r4, 0; setp.ne.u32 %p0, 0, 0; setp.ne.u32 %p1, 1, 0;",
+    );
+    for step in steps.chars() {
+        let product = |accumulators: &str, adds: &str| {
+            format!("{PRODUCT} {{{accumulators}}}, {{%r4, %r4, %r4, %r4}}, %rd0, {adds}, 1, 1, 0;\n")
+        };
+        body += &match step {
+            'F' => "wgmma.fence.sync.aligned;\n".to_owned(),
+            'Z' => product("%f0, %f1, %f2, %f3", "%p0"),
+            'A' => product("%f0, %f1, %f2, %f3", "%p1"),
+            'Y' => product("%f4, %f5, %f6, %f7", "%p0"),
+            'B' => product("%f4, %f5, %f6, %f7", "%p1"),
+            'C' => "wgmma.commit_group.sync.aligned;\n".to_owned(),
+            'W' => "wgmma.wait_group.sync.aligned 0;\n".to_owned(),
+            '1' => "wgmma.wait_group.sync.aligned 1;\n".to_owned(),
+            _ => "mov.f32 %f1, 0f3F800000;\n".to_owned(),
+        };
+    }
+    module("", &body)
+}
+
+#[test]
+fn a_wgmma_needs_a_fence_after_its_registers_were_used() {
+    if !can_run() {
+        return;
+    }
+    for schedule in schedules() {
+        for right in
+            ["FZACW", "FZCACW", "FZCAC1ACW", "FZCWACW", "FZCWFZCW", "FZCWXFACW", "FZCYC1BCW", "XFZYCW"]
+        {
+            let outcome = launch_as(&products(right), 1, 128, 0, &[], schedule);
+            assert_eq!(outcome, Ok(()), "{right} {schedule:?}");
+        }
+        for wrong in ["ZCW", "FZCWZCW", "FZCWXACW", "FZCWYCW", "FZCYC1ZCW"] {
+            let failure = launch_as(&products(wrong), 1, 128, 0, &[], schedule).unwrap_err();
+            assert!(failure.contains("wgmma without wgmma.fence"), "{wrong} {schedule:?}: {failure}");
+        }
+    }
+}
