@@ -4,6 +4,8 @@
 use std::env;
 use std::process::{Command, Output};
 
+use cuemu::launcher::{self, Sanitizer};
+
 use crate::api::*;
 
 fn again(test: &str, through: &[&str], variables: &[(&str, &str)]) -> Output {
@@ -72,9 +74,9 @@ fn of_one_small_device() {
 fn mistakes_are_told() {
     passes(&again("of_a_wrong_variable", &[], &[("CUEMU_POLICY", "sideways")]));
     passes(&again("without_a_compiler", &[], &[("CUEMU_CXX", "/nowhere/g++")]));
+    passes(&again("without_a_cache", &[], &[("CUEMU_CACHE", "/proc/nowhere")]));
 }
 
-    passes(&again("without_a_cache", &[], &[("CUEMU_CACHE", "/proc/nowhere")]));
 #[test]
 #[ignore = "needs its environment"]
 fn of_a_wrong_variable() {
@@ -89,14 +91,14 @@ fn without_a_compiler() {
 }
 
 #[test]
-fn schedules_come_from_the_environment_and_from_calls() {
-#[test]
 #[ignore = "needs its environment"]
 fn without_a_cache() {
     let _context = Context::new(0);
     fails(cuMemAlloc_v2(&mut 0, 4), 304, "set CUEMU_CACHE to a folder that can be written");
 }
 
+#[test]
+fn schedules_come_from_the_environment_and_from_calls() {
     passes(&again("of_a_schedule", &[], &[("CUEMU_POLICY", "reverse"), ("CUEMU_POISON", "0x12345678")]));
 }
 
@@ -105,9 +107,9 @@ fn without_a_cache() {
 fn of_a_schedule() {
     let context = Context::new(0);
     let mut schedule = cuemu::driver::Schedule::default();
+    assert_eq!(cuemu_schedule_bytes(), size_of_val(&schedule));
     ok(cuemu_get_schedule(&mut schedule));
     assert_eq!((schedule.policy, schedule.poison), (1, 0x1234_5678));
-    assert_eq!(cuemu_schedule_bytes(), size_of_val(&schedule));
     let pointer = alloc(1);
     assert_eq!(read(pointer, 1), [0x1234_5678]);
     // Two streams that write the same word: the older one comes last.
@@ -144,6 +146,31 @@ fn sanitizers_report() {
     assert!(!output.status.success() && report.contains("ThreadSanitizer: data race"), "{report}");
     // Without the program, a sanitizer is not there.
     passes(&again("without_the_sanitizer", &[], &[("CUEMU_SANITIZER", "address")]));
+}
+
+#[test]
+fn the_launcher_knows_the_environment() {
+    let variables = [("CUEMU_CXX", "g++ -m64"), ("LD_PRELOAD", ""), ("TSAN_OPTIONS", "verbosity=0")];
+    passes(&again("of_a_sanitizer", &[], &variables));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn of_a_sanitizer() {
+    assert_eq!(launcher::environment(Sanitizer::None), Ok(vec![]));
+    let address = launcher::environment(Sanitizer::Address).unwrap();
+    assert_eq!(address[0], ("CUEMU_SANITIZER", "address".into()));
+    assert!(address[1].0 == "LD_PRELOAD" && std::path::Path::new(&address[1].1).is_file());
+    assert_eq!(address[2], ("ASAN_OPTIONS", "detect_leaks=0".into()));
+    // What is set stays.
+    let thread = launcher::environment(Sanitizer::Thread).unwrap();
+    assert_eq!(thread[2], ("TSAN_OPTIONS", "verbosity=0".into()));
+    assert_eq!(launcher::command("some program", Sanitizer::None).get_program(), "some program");
+    let echo = launcher::command("echo", Sanitizer::Thread).arg("answer").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&echo.stdout), "answer\n");
+    let (name, folders) = launcher::library_path().unwrap();
+    assert_eq!(name, "LD_LIBRARY_PATH");
+    assert!(env::split_paths(&folders).next().unwrap().join("libcuda.so").exists());
 }
 
 #[test]
