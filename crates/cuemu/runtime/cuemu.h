@@ -148,6 +148,13 @@ void bar_sync(uint32_t id, uint32_t threads, Site site);
 void bar_arrive(uint32_t id, uint32_t threads, Site site);
 uint32_t bar_reduce(uint32_t id, uint32_t threads, Vote vote, bool predicate, Site site);
 void fence();                      // membar, fence.{sc,acq_rel}
+// An atomic access is about to happen, with these orders of its own. For ThreadSanitizer.
+enum class Access : uint32_t { reads, writes, both };
+#if defined(__SANITIZE_THREAD__) || defined(CUEMU_TSAN)
+void atomic_access(const void* place, Access access, bool acquires, bool releases);
+#else
+inline void atomic_access(const void*, Access, bool, bool) {}
+#endif
 // fence.proxy.async: this thread's shared writes become visible to TMA and wgmma.
 void fence_async_proxy(Site site);
 void yield();                      // nanosleep

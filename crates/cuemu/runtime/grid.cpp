@@ -78,12 +78,19 @@ void prepare_sanitizer_fibers(Block& block, bool fresh) {
   }
 }
 
+void forget_fences(Block& block) {
+  if (block.outbox) tsan::destroy_fiber(block.outbox);
+  if (block.inbox) tsan::destroy_fiber(block.inbox);
+  block.outbox = block.inbox = nullptr;
+}
+
 // Under ThreadSanitizer also new addresses of the shared window and the tokens for each block.
 void prepare_window(Block& block) {
   if constexpr (tsan::enabled) {
     tsan::ignore_end();
     free(block.window);
     free(block.tokens);
+    forget_fences(block);
     block.window = nullptr;
     block.tokens = static_cast<uint64_t*>(malloc(token_count * sizeof(uint64_t)));
     tsan::ignore_begin();
@@ -258,6 +265,7 @@ Block::~Block() {
     // One that was abandoned would be reported for ending inside an `Ignore`.
     if (fibers[i].tsan_fiber && !launch->failed) tsan::destroy_fiber(fibers[i].tsan_fiber);
   }
+  forget_fences(*this);
   asan::unpoison(window, window_bytes);
   free(window);
   free(tokens);

@@ -122,7 +122,8 @@ constexpr size_t barrier_tokens = 0;
 constexpr size_t warp_tokens = barrier_tokens + 2 * barrier_count;
 constexpr size_t warpgroup_tokens = warp_tokens + 2 * (block_threads_limit / warp_lanes);
 constexpr size_t bulk_tokens = warpgroup_tokens + block_threads_limit / warpgroup_threads;
-constexpr size_t token_count = bulk_tokens + block_threads_limit;
+constexpr size_t fence_tokens = bulk_tokens + block_threads_limit;
+constexpr size_t token_count = fence_tokens + 2;
 
 struct Block {
   Launch* launch;
@@ -137,6 +138,8 @@ struct Block {
   std::vector<Fiber*> mbarrier_waiters;
   char* window = nullptr;     // the block's shared memory
   uint64_t* tokens = nullptr;
+  void* outbox = nullptr;     // fibers of ThreadSanitizer, see barriers.cpp
+  void* inbox = nullptr;
   std::unique_ptr<uint32_t[]> writes;     // see Thread::shared_writes
   std::unique_ptr<uint64_t[]> mbarriers;  // bit i: there is an mbarrier at window address 8 i
 

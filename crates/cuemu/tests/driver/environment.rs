@@ -192,6 +192,47 @@ fn a_race() {
 }
 
 #[test]
+fn fences_need_a_word_between_them() {
+    let program = env!("CARGO_BIN_EXE_cuemu");
+    let run = |fences| again("a_reduction", &[program, "--sanitize", "thread"], &[("TEST_FENCES", fences)]);
+    for right in ["BOTH", "ORDERED"] {
+        passes(&run(right));
+    }
+    for wrong in ["BEFORE", "AFTER", "NONE", "APART"] {
+        let output = run(wrong);
+        let report = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && report.contains("ThreadSanitizer: data race"),
+            "{wrong}: {report}"
+        );
+    }
+}
+
+/// The last of four blocks adds up what all have written.
+#[test]
+#[ignore = "needs its environment"]
+fn a_reduction() {
+    let fence = |wanted: bool| if wanted { "membar.gl;" } else { "" };
+    let fences = env::var("TEST_FENCES").unwrap();
+    let ordered = if fences == "ORDERED" { ".acq_rel.gpu" } else { "" };
+    let ptx = include_str!("reduction.ptx")
+        .replace("BEFORE;", fence(matches!(fences.as_str(), "BOTH" | "BEFORE" | "APART")))
+        .replace("AFTER;", fence(matches!(fences.as_str(), "BOTH" | "AFTER" | "APART")))
+        .replace("ORDERED", ordered)
+        .replace("APART", if fences == "APART" { "4" } else { "0" });
+    let _context = Context::new(0);
+    let (data, sums, counters) = (alloc(128), alloc(32), alloc(4));
+    write(counters, &[0; 4]);
+    let module = load(&ptx);
+    let function = made(|function| cuModuleGetFunction(function, module, c"reduce".as_ptr()));
+    ok(launch(function, (4, 32, 0), 0, &[&data, &sums, &counters]));
+    ok(cuCtxSynchronize());
+    if fences != "APART" {
+        assert_eq!(read(sums, 32), (0..32).map(|i| 4 * i + 6).collect::<Vec<u32>>());
+    }
+}
+
+#[test]
 #[ignore = "needs its environment"]
 fn without_the_sanitizer() {
     let _context = Context::new(0);
