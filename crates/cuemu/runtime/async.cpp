@@ -1,5 +1,6 @@
 // cp.async and mbarrier.
 #include "internal.h"
+#include <algorithm>
 
 namespace cuemu {
 
@@ -250,15 +251,36 @@ bool mbarrier_test(uint64_t barrier, uint32_t parity, Site site) {
   return phase_is_over(barrier, parity, site);
 }
 
-void mbarrier_wait(uint64_t barrier, uint32_t parity, Site site) {
+// The first answer for a phase that is not over is no, at once: as when the time limit of the instruction has
+// passed. Who does not ask again goes on with a stage that has not come. Who does waits for the phase; or, in
+// a random schedule, or asking for several phases in turns, may be told no again after others have run.
+bool mbarrier_try(uint64_t barrier, uint32_t parity, Site site) {
   tsan::Ignore ignore;
-  while (!phase_is_over(barrier, parity, site)) {
-    Fiber* const fiber = self();
+  Fiber* const fiber = self();
+  auto& refused = fiber->refused;
+  const uint32_t asked = static_cast<uint32_t>(barrier) | (parity & 1);
+  bool over = phase_is_over(barrier, parity, site);
+  const auto known = std::find(refused.begin(), refused.end(), asked);
+  if (!over && known == refused.end()) {
+    refused.push_back(asked);
+    return false;
+  }
+  const CuemuSchedule& schedule = launch->schedule;
+  const bool random = schedule.policy == CUEMU_RANDOM || schedule.async_mode == CUEMU_MIXED;
+  if (!over && (refused.size() > 1 || (random && random_below(2)))) {
+    spin_here("mbarrier.try_wait", site);
+    over = phase_is_over(barrier, parity, site);
+    if (!over) return false;
+  }
+  while (!over) {
     fiber->waits_on_mbarrier = static_cast<uint32_t>(barrier);
     fiber->waits_on_parity = parity & 1;
     fiber->block->mbarrier_waiters.push_back(fiber);
     wait_here("mbarrier wait", site);
+    over = phase_is_over(barrier, parity, site);
   }
+  if (known != refused.end()) refused.erase(known);
+  return true;
 }
 
 void cp_async_mbarrier_arrive(uint64_t barrier, bool no_increment, Site site) {

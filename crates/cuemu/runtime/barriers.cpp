@@ -5,8 +5,6 @@ namespace cuemu {
 
 namespace {
 
-char fence_token;  // for ThreadSanitizer: all fences are ordered
-
 // Two for each barrier, in turns: a thread that is already at the next phase must not be taken for one that
 // had come to this one.
 void* barrier_token(const Block& block, const Barrier& barrier) {
@@ -116,10 +114,59 @@ void check_barriers_at_exit(Fiber& fiber) {
            barrier.arrived);
 }
 
-// Memory is sequentially consistent here: only ThreadSanitizer needs to be told.
-void fence() {
-  tsan::acquire(&fence_token);
-  tsan::release(&fence_token);
+// ---- fences and atomics -----------------------------------------------------------------------------
+// Memory is sequentially consistent here: only ThreadSanitizer needs to be told what is ordered. What a thread
+// has done before a fence is known to whoever reads, atomically, what the thread's block writes atomically
+// after the fence, and then executes a fence itself. Two fences with no such word between them order nothing.
+//
+// Each block has two of ThreadSanitizer's fibers that stand for what is known: the outbox knows what came before
+// fences of the block's threads, and tells it to each word they write; the inbox learns from each word they
+// read, and tells their fences.
+//
+// Not detected: in a block, that another thread than the one that executed the fence wrote or read the word,
+// with no barrier between them; a fence whose scope is too small.
+
+namespace {
+
+// Has `what` done as if by another fiber.
+template <class What> void as(void*& fiber, What what) {
+  void* const here = tsan::current_fiber();
+  if (!fiber) {  // by the main one, which knows nothing of the kernel's threads
+    tsan::switch_to(launch->main_tsan_fiber);
+    fiber = tsan::create_fiber();
+  }
+  tsan::switch_to(fiber);
+  what();
+  tsan::switch_to(here);
 }
+
+}  // namespace
+
+void fence() {
+  if constexpr (!tsan::enabled) return;
+  tsan::Ignore ignore;
+  Block& block = *self()->block;
+  void* const out = block.token(fence_tokens);
+  void* const in = block.token(fence_tokens + 1);
+  if (block.inbox) as(block.inbox, [&] { tsan::release(in); });
+  tsan::acquire(in);
+  tsan::release(out);
+  as(block.outbox, [&] { tsan::acquire(out); });
+}
+
+#ifdef CUEMU_TSAN
+void atomic_access(const void* place, Access access, bool acquires, bool releases) {
+  tsan::Ignore ignore;
+  Block& block = *self()->block;
+  if (access != Access::reads) {
+    if (block.outbox) as(block.outbox, [&] { tsan::release(place); });
+    if (releases) tsan::release(place);
+  }
+  if (access != Access::writes) {
+    as(block.inbox, [&] { tsan::acquire(place); });
+    if (acquires) tsan::acquire(place);
+  }
+}
+#endif
 
 }  // namespace cuemu

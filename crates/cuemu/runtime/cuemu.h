@@ -148,6 +148,13 @@ void bar_sync(uint32_t id, uint32_t threads, Site site);
 void bar_arrive(uint32_t id, uint32_t threads, Site site);
 uint32_t bar_reduce(uint32_t id, uint32_t threads, Vote vote, bool predicate, Site site);
 void fence();                      // membar, fence.{sc,acq_rel}
+// An atomic access is about to happen, with these orders of its own. For ThreadSanitizer.
+enum class Access : uint32_t { reads, writes, both };
+#if defined(__SANITIZE_THREAD__) || defined(CUEMU_TSAN)
+void atomic_access(const void* place, Access access, bool acquires, bool releases);
+#else
+inline void atomic_access(const void*, Access, bool, bool) {}
+#endif
 // fence.proxy.async: this thread's shared writes become visible to TMA and wgmma.
 void fence_async_proxy(Site site);
 void yield();                      // nanosleep
@@ -185,7 +192,7 @@ void mbarrier_invalidate(uint64_t barrier, Site site);
 uint64_t mbarrier_arrive(uint64_t barrier, uint32_t count, Site site);  // returns the state of the phase
 void mbarrier_expect_tx(uint64_t barrier, uint32_t bytes, Site site);
 bool mbarrier_test(uint64_t barrier, uint32_t parity, Site site);
-void mbarrier_wait(uint64_t barrier, uint32_t parity, Site site);       // try_wait, until the phase is over
+bool mbarrier_try(uint64_t barrier, uint32_t parity, Site site);        // may say no before the phase is over
 void cp_async_mbarrier_arrive(uint64_t barrier, bool no_increment, Site site);
 
 // Tensor maps (TMA). The driver writes this into the 128 bytes of a CUtensorMap.

@@ -78,12 +78,19 @@ void prepare_sanitizer_fibers(Block& block, bool fresh) {
   }
 }
 
+void forget_fences(Block& block) {
+  if (block.outbox) tsan::destroy_fiber(block.outbox);
+  if (block.inbox) tsan::destroy_fiber(block.inbox);
+  block.outbox = block.inbox = nullptr;
+}
+
 // Under ThreadSanitizer also new addresses of the shared window and the tokens for each block.
 void prepare_window(Block& block) {
   if constexpr (tsan::enabled) {
     tsan::ignore_end();
     free(block.window);
     free(block.tokens);
+    forget_fences(block);
     block.window = nullptr;
     block.tokens = static_cast<uint64_t*>(malloc(token_count * sizeof(uint64_t)));
     tsan::ignore_begin();
@@ -120,6 +127,7 @@ void reset_thread(Block& block, uint32_t linear) {
   fiber.warp->existing |= 1u << fiber.lane;
   fiber.warp->alive |= 1u << fiber.lane;
   fiber.waits_on_mbarrier = no_barrier;
+  fiber.refused.clear();
   fiber.copies.clear();
   fiber.copy_groups.clear();
   fiber.copies_forgotten = fiber.copies_waited = fiber.copies_tracked = 0;
@@ -127,6 +135,8 @@ void reset_thread(Block& block, uint32_t linear) {
   fiber.bulk_groups_used = fiber.bulk_groups_waited = 0;
   fiber.wgmma_issued = fiber.wgmma_waited = 0;
   fiber.wgmma_groups.clear();
+  fiber.wgmma_fenced = fiber.wgmma_fence_due = false;
+  fiber.wgmma_returned.clear();
   fiber.priority = launch->schedule.policy == CUEMU_PRIORITY ? static_cast<uint32_t>(random_bits()) : 0;
   if (!fiber.stack) fiber.stack = stack_pool.take();
 }
@@ -255,6 +265,7 @@ Block::~Block() {
     // One that was abandoned would be reported for ending inside an `Ignore`.
     if (fibers[i].tsan_fiber && !launch->failed) tsan::destroy_fiber(fibers[i].tsan_fiber);
   }
+  forget_fences(*this);
   asan::unpoison(window, window_bytes);
   free(window);
   free(tokens);

@@ -62,6 +62,7 @@ struct Fiber : Thread {
   const char* waits_for;  // while blocked
   Site waits_at;
   uint32_t waits_on_mbarrier, waits_on_parity;
+  std::vector<uint32_t> refused;  // phases that its mbarrier.try_wait found not over: address | parity
   // cp.async: indices count from the thread's beginning; `copies` begins with number `copies_forgotten`.
   std::vector<Copy> copies;
   std::vector<uint64_t> copy_groups;  // copies issued before each commit not yet waited for
@@ -73,6 +74,8 @@ struct Fiber : Thread {
   uint32_t wgmma_issued, wgmma_waited;
   std::vector<uint32_t> wgmma_groups;
   Site wgmma_site, bulk_site;  // of the latest one
+  bool wgmma_fenced, wgmma_fence_due;  // since the beginning; since registers were given back
+  std::vector<std::pair<const float*, uint32_t>> wgmma_returned;  // those registers, and their bits
   void* fake_stack;  // AddressSanitizer's
   void* tsan_fiber;
 };
@@ -119,7 +122,8 @@ constexpr size_t barrier_tokens = 0;
 constexpr size_t warp_tokens = barrier_tokens + 2 * barrier_count;
 constexpr size_t warpgroup_tokens = warp_tokens + 2 * (block_threads_limit / warp_lanes);
 constexpr size_t bulk_tokens = warpgroup_tokens + block_threads_limit / warpgroup_threads;
-constexpr size_t token_count = bulk_tokens + block_threads_limit;
+constexpr size_t fence_tokens = bulk_tokens + block_threads_limit;
+constexpr size_t token_count = fence_tokens + 2;
 
 struct Block {
   Launch* launch;
@@ -134,6 +138,8 @@ struct Block {
   std::vector<Fiber*> mbarrier_waiters;
   char* window = nullptr;     // the block's shared memory
   uint64_t* tokens = nullptr;
+  void* outbox = nullptr;     // fibers of ThreadSanitizer, see barriers.cpp
+  void* inbox = nullptr;
   std::unique_ptr<uint32_t[]> writes;     // see Thread::shared_writes
   std::unique_ptr<uint64_t[]> mbarriers;  // bit i: there is an mbarrier at window address 8 i
 

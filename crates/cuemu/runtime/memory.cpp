@@ -271,8 +271,7 @@ uint64_t from_shared(uint64_t offset, Site site) {
 //
 // Not detected: a fence that the reading thread executes in place of the writing one (the memory model may
 // allow it: it is reported all the same); a write to the same 16 bytes by another thread that did fence
-// later; writes to global memory that a TMA load reads in the same kernel; mbarrier.init without a fence;
-// wgmma without wgmma.fence after its registers were written, which cannot be seen at this level.
+// later; writes to global memory that a TMA load reads in the same kernel; mbarrier.init without a fence.
 
 void mark_written(const Thread& thread, uint32_t offset, uint32_t bytes) {
   for (uint32_t granule = offset / 16; granule <= (offset + bytes - 1) / 16; granule++)

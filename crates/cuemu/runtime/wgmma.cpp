@@ -247,10 +247,26 @@ bool same_operation(const Wgmma& a, const Wgmma& b, bool a_in_registers) {
          a.negate_b == b.negate_b && a.transpose_a == b.transpose_a && a.transpose_b == b.transpose_b;
 }
 
+// wgmma.fence orders what a thread does with registers before what wgmma does with them. It is due at the
+// thread's beginning, and once registers came back from a wait, since the thread may have used them: unless
+// the product adds to the very registers that came back, and they hold what they held.
+//
+// Not detected: registers of A, or accumulators that were never in a product, written after the last fence.
+void require_fence(const Fiber& fiber, float* const* accumulators, uint32_t count, bool read, Site site) {
+  if (fiber.wgmma_fenced && !fiber.wgmma_fence_due) return;
+  bool untouched = fiber.wgmma_fenced && read;
+  for (uint32_t i = 0; untouched && i < count; i++) {
+    const std::pair<const float*, uint32_t> now(accumulators[i], ptx::bits(*accumulators[i]));
+    const auto& returned = fiber.wgmma_returned;
+    untouched = std::find(returned.begin(), returned.end(), now) != returned.end();
+  }
+  if (!untouched) fail(site, "wgmma without wgmma.fence after its registers were written");
+}
+
 // Moves the thread's accumulators into the tile, unless they are there already.
-void capture(WarpgroupState& group, Tile& tile, uint32_t thread, float* const* accumulators, bool read,
+void capture(WarpgroupState& group, Tile& tile, const Fiber& fiber, float* const* accumulators, bool read,
              Site site) {
-  const uint32_t count = tile.columns / 2;
+  const uint32_t count = tile.columns / 2, thread = thread_of(fiber);
   float** const registers = tile.registers[thread];
   if (tile.captured[thread]) {
     if (!std::equal(accumulators, accumulators + count, registers))
@@ -261,6 +277,7 @@ void capture(WarpgroupState& group, Tile& tile, uint32_t thread, float* const* a
   for (const auto& other : group.tiles)
     elsewhere |= other->used && other->captured[thread] && other->registers[thread][0] == accumulators[0];
   if (elsewhere) fail(site, "wgmma: the threads of the warpgroup have not waited for the same products");
+  require_fence(fiber, accumulators, count, read, site);
   tile.captured[thread] = true;
   std::copy(accumulators, accumulators + count, registers);
   if (read)
@@ -271,12 +288,16 @@ void capture(WarpgroupState& group, Tile& tile, uint32_t thread, float* const* a
 }
 
 // Moves the thread's accumulators back, of all tiles whose last product is before number `end`.
-void give_back(WarpgroupState& group, uint32_t thread, uint32_t end) {
+void give_back(WarpgroupState& group, Fiber& fiber, uint32_t end) {
+  const uint32_t thread = thread_of(fiber);
   for (auto& tile : group.tiles) {
     if (!tile->used || !tile->captured[thread] || tile->last[thread] > end) continue;
     for_each_accumulator(thread, tile->columns, [&](uint32_t i, uint32_t row, uint32_t column) {
-      *tile->registers[thread][i] = tile->value[row * tile->columns + column];
+      float* const place = tile->registers[thread][i];
+      *place = tile->value[row * tile->columns + column];
+      fiber.wgmma_returned.emplace_back(place, ptx::bits(*place));
     });
+    fiber.wgmma_fence_due = true;
     tile->captured[thread] = false;
     if (++tile->returned == warpgroup_threads) tile->used = false;
   }
@@ -315,7 +336,7 @@ void wgmma(float* const* accumulators, const uint32_t* a_registers, const Wgmma&
   if (product.a_in_registers != (a_registers != nullptr) ||
       !same_operation(product.operation, operation, a_registers))
     fail(site, "wgmma: the operands of the threads of a warpgroup differ");
-  capture(group, *product.tile, thread, accumulators, operation.scale_d, site);
+  capture(group, *product.tile, *fiber, accumulators, operation.scale_d, site);
   product.tile->last[thread] = number + 1;
   if (a_registers) std::copy(a_registers, a_registers + 4, product.a[thread]);
 
@@ -334,8 +355,13 @@ void wgmma(float* const* accumulators, const uint32_t* a_registers, const Wgmma&
   if (mode == CUEMU_EAGER || (mode == CUEMU_MIXED && random_below(2))) execute_until(*fiber, number + 1);
 }
 
-// What a missing wgmma.fence does is not modelled: registers are never late here.
-void wgmma_fence(Site) {}
+// Registers are never late here; that the fence is there is checked.
+void wgmma_fence(Site) {
+  tsan::Ignore ignore;
+  self()->wgmma_fenced = true;
+  self()->wgmma_fence_due = false;
+  self()->wgmma_returned.clear();
+}
 
 void wgmma_commit(Site) {
   tsan::Ignore ignore;
@@ -357,7 +383,7 @@ void wgmma_wait(uint32_t groups_left, Site site) {
   }
   tsan::acquire(token_of(*fiber));
   fiber->wgmma_waited = end;
-  give_back(group, thread_of(*fiber), end);
+  give_back(group, *fiber, end);
 }
 
 void check_wgmma_at_exit(Fiber& fiber) {

@@ -33,14 +33,22 @@
 //!
 //! `cargo build -p cuemu` makes `libcuemu.so` and the program `cuemu`, which runs another one on it:
 //! `cuemu COMMAND`, `cuemu --sanitize thread COMMAND`. A test may also load `libcuemu.so` by its path before
-//! anything else asks for a driver; its SONAME is `libcuda.so`.
+//! anything else asks for a driver; its SONAME is `libcuda.so`. [`launcher`] knows what such a test's process
+//! needs to run under a sanitizer.
 //!
 //! A failed kernel makes every later call of its context fail, as on a GPU, and `cuGetErrorString` tells what
 //! happened: the kernel, the thread, the line of the `.cu` file.
 //!
+//! All this is for Linux on x86-64. Elsewhere the crate is empty.
+//!
 //! Tests control the driver through functions that it exports beside those of CUDA: `cuemu_set_schedule`,
-//! `cuemu_get_schedule` ([`driver::Schedule`]), `cuemu_counters` ([`driver::Stats`]), `cuemu_last_error`,
-//! `cuemu_live_allocations`, and `cuemu_reset`, which forgets failed kernels.
+//! `cuemu_get_schedule` ([`driver::Schedule`], of `cuemu_schedule_bytes` bytes), `cuemu_counters`
+//! ([`driver::Stats`]), `cuemu_last_error`, `cuemu_live_allocations`, and `cuemu_reset`, which forgets failed
+//! kernels.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod driver;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod launcher;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod ptx;

@@ -350,7 +350,8 @@ fn processor() -> &'static str {
 }
 
 fn file_error(path: &Path, error: &io::Error) -> Error {
-    Error::new(Code::OPERATING_SYSTEM, format!("{}: {error}", path.display()))
+    let advice = "set CUEMU_CACHE to a folder that can be written";
+    Error::new(Code::OPERATING_SYSTEM, format!("{}: {error}: {advice}", path.display()))
 }
 
 /// A name beside `path` that nobody else uses.

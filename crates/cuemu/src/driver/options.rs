@@ -196,6 +196,12 @@ unsafe extern "C" fn cuemu_set_schedule(wanted: In<Schedule>) -> i32 {
     })
 }
 
+/// For tests: the size of [`Schedule`], which a caller of [`cuemu_set_schedule`] has to agree with.
+#[unsafe(no_mangle)]
+extern "C" fn cuemu_schedule_bytes() -> usize {
+    size_of::<Schedule>()
+}
+
 /// For tests: [`schedule`].
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuemu_get_schedule(now: Out<Schedule>) -> i32 {

@@ -127,6 +127,7 @@ functions! {
     cuemu_live_allocations() -> u64;
     cuemu_reset() -> ();
     cuemu_counters(counters: *mut cuemu::driver::Stats) -> i32;
+    cuemu_schedule_bytes() -> usize;
     cuemu_get_schedule(schedule: *mut cuemu::driver::Schedule) -> i32;
     cuemu_set_schedule(schedule: *const cuemu::driver::Schedule) -> i32;
 }

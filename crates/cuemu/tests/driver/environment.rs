@@ -4,6 +4,8 @@
 use std::env;
 use std::process::{Command, Output};
 
+use cuemu::launcher::{self, Sanitizer};
+
 use crate::api::*;
 
 fn again(test: &str, through: &[&str], variables: &[(&str, &str)]) -> Output {
@@ -72,6 +74,7 @@ fn of_one_small_device() {
 fn mistakes_are_told() {
     passes(&again("of_a_wrong_variable", &[], &[("CUEMU_POLICY", "sideways")]));
     passes(&again("without_a_compiler", &[], &[("CUEMU_CXX", "/nowhere/g++")]));
+    passes(&again("without_a_cache", &[], &[("CUEMU_CACHE", "/proc/nowhere")]));
 }
 
 #[test]
@@ -88,6 +91,13 @@ fn without_a_compiler() {
 }
 
 #[test]
+#[ignore = "needs its environment"]
+fn without_a_cache() {
+    let _context = Context::new(0);
+    fails(cuMemAlloc_v2(&mut 0, 4), 304, "set CUEMU_CACHE to a folder that can be written");
+}
+
+#[test]
 fn schedules_come_from_the_environment_and_from_calls() {
     passes(&again("of_a_schedule", &[], &[("CUEMU_POLICY", "reverse"), ("CUEMU_POISON", "0x12345678")]));
 }
@@ -97,6 +107,7 @@ fn schedules_come_from_the_environment_and_from_calls() {
 fn of_a_schedule() {
     let context = Context::new(0);
     let mut schedule = cuemu::driver::Schedule::default();
+    assert_eq!(cuemu_schedule_bytes(), size_of_val(&schedule));
     ok(cuemu_get_schedule(&mut schedule));
     assert_eq!((schedule.policy, schedule.poison), (1, 0x1234_5678));
     let pointer = alloc(1);
@@ -138,6 +149,31 @@ fn sanitizers_report() {
 }
 
 #[test]
+fn the_launcher_knows_the_environment() {
+    let variables = [("CUEMU_CXX", "g++ -m64"), ("LD_PRELOAD", ""), ("TSAN_OPTIONS", "verbosity=0")];
+    passes(&again("of_a_sanitizer", &[], &variables));
+}
+
+#[test]
+#[ignore = "needs its environment"]
+fn of_a_sanitizer() {
+    assert_eq!(launcher::environment(Sanitizer::None), Ok(vec![]));
+    let address = launcher::environment(Sanitizer::Address).unwrap();
+    assert_eq!(address[0], ("CUEMU_SANITIZER", "address".into()));
+    assert!(address[1].0 == "LD_PRELOAD" && std::path::Path::new(&address[1].1).is_file());
+    assert_eq!(address[2], ("ASAN_OPTIONS", "detect_leaks=0".into()));
+    // What is set stays.
+    let thread = launcher::environment(Sanitizer::Thread).unwrap();
+    assert_eq!(thread[2], ("TSAN_OPTIONS", "verbosity=0".into()));
+    assert_eq!(launcher::command("some program", Sanitizer::None).get_program(), "some program");
+    let echo = launcher::command("echo", Sanitizer::Thread).arg("answer").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&echo.stdout), "answer\n");
+    let (name, folders) = launcher::library_path().unwrap();
+    assert_eq!(name, "LD_LIBRARY_PATH");
+    assert!(env::split_paths(&folders).next().unwrap().join("libcuda.so").exists());
+}
+
+#[test]
 #[ignore = "needs its environment"]
 fn a_right_kernel() {
     let _context = Context::new(0);
@@ -153,6 +189,47 @@ fn a_race() {
     let pointer = alloc(1);
     ok(launch(kernel("race"), (1, 32, 0), 0, &[&pointer]));
     ok(cuCtxSynchronize());
+}
+
+#[test]
+fn fences_need_a_word_between_them() {
+    let program = env!("CARGO_BIN_EXE_cuemu");
+    let run = |fences| again("a_reduction", &[program, "--sanitize", "thread"], &[("TEST_FENCES", fences)]);
+    for right in ["BOTH", "ORDERED"] {
+        passes(&run(right));
+    }
+    for wrong in ["BEFORE", "AFTER", "NONE", "APART"] {
+        let output = run(wrong);
+        let report = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && report.contains("ThreadSanitizer: data race"),
+            "{wrong}: {report}"
+        );
+    }
+}
+
+/// The last of four blocks adds up what all have written.
+#[test]
+#[ignore = "needs its environment"]
+fn a_reduction() {
+    let fence = |wanted: bool| if wanted { "membar.gl;" } else { "" };
+    let fences = env::var("TEST_FENCES").unwrap();
+    let ordered = if fences == "ORDERED" { ".acq_rel.gpu" } else { "" };
+    let ptx = include_str!("reduction.ptx")
+        .replace("BEFORE;", fence(matches!(fences.as_str(), "BOTH" | "BEFORE" | "APART")))
+        .replace("AFTER;", fence(matches!(fences.as_str(), "BOTH" | "AFTER" | "APART")))
+        .replace("ORDERED", ordered)
+        .replace("APART", if fences == "APART" { "4" } else { "0" });
+    let _context = Context::new(0);
+    let (data, sums, counters) = (alloc(128), alloc(32), alloc(4));
+    write(counters, &[0; 4]);
+    let module = load(&ptx);
+    let function = made(|function| cuModuleGetFunction(function, module, c"reduce".as_ptr()));
+    ok(launch(function, (4, 32, 0), 0, &[&data, &sums, &counters]));
+    ok(cuCtxSynchronize());
+    if fences != "APART" {
+        assert_eq!(read(sums, 32), (0..32).map(|i| 4 * i + 6).collect::<Vec<u32>>());
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Every test has contexts of its own. Those that need an environment of their own run in a process of their
 //! own (`environment`).
 
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used)]
 
 mod api;

@@ -211,15 +211,12 @@ impl<'a> Body<'a, '_> {
                     return Err("only the form with `.parity` is known to the emulator".to_owned());
                 }
                 let (barrier, phase) = (self.shared_window(op, 1, space)?, self.value(op, 2, Type::U32)?);
-                if kind == "test_wait" {
-                    let call = format!("cuemu::mbarrier_test({barrier}, {phase}, CUEMU_HERE)");
-                    return self.result(op, Type::Pred, &call);
-                }
-                if op.count() > 3 {
+                if kind == "try_wait" && op.count() > 3 {
                     self.value(op, 3, Type::U32)?; // how long to sleep
                 }
-                self.push(format!("cuemu::mbarrier_wait({barrier}, {phase}, CUEMU_HERE); "));
-                self.result(op, Type::Pred, "true")?;
+                let function = if kind == "test_wait" { "mbarrier_test" } else { "mbarrier_try" };
+                let call = format!("cuemu::{function}({barrier}, {phase}, CUEMU_HERE)");
+                self.result(op, Type::Pred, &call)?;
             }
         }
         Ok(())

@@ -30,14 +30,11 @@ impl Order {
         order
     }
 
-    /// What an access of this order needs before it.
-    fn before(self) -> &'static str {
-        if matches!(self, Self::Release | Self::Both) { "cuemu::fence(); " } else { "" }
-    }
-
-    /// What it needs after it.
-    fn after(self) -> &'static str {
-        if matches!(self, Self::Acquire | Self::Both) { " cuemu::fence();" } else { "" }
+    /// The call that an atomic access `what` (reads, writes, both) of `place` needs before it.
+    fn access(self, place: &str, what: &str) -> String {
+        let acquires = matches!(self, Self::Acquire | Self::Both);
+        let releases = matches!(self, Self::Release | Self::Both);
+        format!("cuemu::atomic_access({place}, cuemu::Access::{what}, {acquires}, {releases}); ")
     }
 }
 
@@ -86,13 +83,16 @@ impl<'a> Body<'a, '_> {
         }
         let cpp = ty.cpp();
         let pointer = self.pointer(op.operand(1)?, space, ty.bytes() * width as u32, false)?;
-        self.push(format!("{{ {}const {cpp}* const q_ = (const {cpp}*){pointer}; ", order.before()));
+        self.push(format!("{{ const {cpp}* const q_ = (const {cpp}*){pointer}; "));
+        if order != Order::Weak {
+            self.push(order.access("q_", "reads"));
+        }
         for (i, destination) in elements(op.operand(0)?, width)?.iter().enumerate() {
             let value =
                 if order == Order::Weak { format!("q_[{i}]") } else { format!("ptx::atomic_load(q_ + {i})") };
             self.write(destination, ty, &value)?;
         }
-        self.push(format!("{} }}", order.after()));
+        self.push(" }");
         Ok(())
     }
 
@@ -110,7 +110,10 @@ impl<'a> Body<'a, '_> {
         }
         let cpp = ty.cpp();
         let pointer = self.pointer(op.operand(0)?, space, ty.bytes() * width as u32, true)?;
-        self.push(format!("{{ {}{cpp}* const q_ = ({cpp}*){pointer};", order.before()));
+        self.push(format!("{{ {cpp}* const q_ = ({cpp}*){pointer}; "));
+        if order != Order::Weak {
+            self.push(order.access("q_", "writes"));
+        }
         for (i, source) in elements(op.operand(1)?, width)?.iter().enumerate() {
             let value = self.read(source, ty)?;
             if order == Order::Weak {
@@ -123,7 +126,7 @@ impl<'a> Body<'a, '_> {
         Ok(())
     }
 
-    /// `atom` and `red`: relaxed real atomics, with fences where they are ordered.
+    /// `atom` and `red`: relaxed real atomics; ThreadSanitizer is told how they are ordered.
     pub(super) fn atomic(&mut self, op: &mut Op<'a, '_>) -> Result {
         let order = Order::take(op);
         let space = op.take_space();
@@ -146,7 +149,7 @@ impl<'a> Body<'a, '_> {
         let first = usize::from(op.name == "atom");
         let pointer = self.pointer(op.operand(first)?, space, ty.bytes(), true)?;
         let cpp = ty.cpp();
-        let mut arguments = format!("({cpp}*){pointer}");
+        let mut arguments = "q_".to_owned();
         let count = if operation == "cas" { 2 } else { 1 };
         for i in 0..count {
             arguments += &format!(", {}", self.value(op, first + 1 + i, ty)?);
@@ -155,13 +158,15 @@ impl<'a> Body<'a, '_> {
             op.operand(first + 1 + count)?;
         }
         let call = format!("ptx::atomic_{operation}<{cpp}>({arguments})");
-        self.push(order.before());
+        self.push(format!("{{ {cpp}* const q_ = ({cpp}*){pointer}; "));
+        // What a `red` read nobody gets to know.
+        self.push(order.access("q_", if op.name == "atom" { "both" } else { "writes" }));
         if op.name == "atom" {
             self.result(op, ty, &call)?;
         } else {
             self.push(format!("{call};"));
         }
-        self.push(order.after());
+        self.push(" }");
         Ok(())
     }
 
