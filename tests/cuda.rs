@@ -3,6 +3,7 @@
 //! `GRADLENS_TEST_GPU=1` runs the same tests on the machine's own driver and device. Where neither NVRTC nor a
 //! C++ compiler is there the tests say so and pass, unless `GRADLENS_REQUIRE_CUDA=1` (as in CI) makes that a
 //! failure.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used)]
 
 #[path = "cuda/architectures.rs"]

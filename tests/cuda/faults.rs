@@ -4,6 +4,7 @@
 use std::env;
 use std::process::{Command, Output};
 
+use cuemu::launcher::{self, Sanitizer};
 use gradlens::backend::cuda::Sources;
 
 use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
@@ -12,17 +13,6 @@ use super::{linear_faults, norm, stats};
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
 
-/// What kernels and runtime are compiled with.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Build {
-    Plain,
-    /// AddressSanitizer.
-    Address,
-    /// ThreadSanitizer.
-    Thread,
-}
-use Build::{Address, Plain, Thread};
-
 pub struct Fault {
     pub name: &'static str,
     pub file: &'static str,
@@ -30,7 +20,7 @@ pub struct Fault {
     pub to: &'static str,
     /// The test that must notice, and with which build.
     pub test: &'static str,
-    pub build: Build,
+    pub build: Sanitizer,
     /// One of these must be in what it prints.
     pub reports: &'static [&'static str],
 }
@@ -76,10 +66,29 @@ pub struct Child(Output);
 
 /// Runs `test` of this binary in a process of its own with `fault` planted (`none`: with nothing changed).
 pub fn run_child(test: &str, fault: &str, variables: &[(&str, &str)]) -> Child {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]);
-    command.env(PLANT, fault).envs(variables.iter().copied());
-    Child(command.output().unwrap())
+    let command = Command::new(env::current_exe().unwrap());
+    Child(one_test(command, test, fault).envs(variables.iter().copied()).output().unwrap())
+}
+
+fn one_test(mut command: Command, test: &str, fault: &str) -> Command {
+    command.args(["--exact", test, "--nocapture", "--test-threads", "1"]).env(PLANT, fault);
+    command
+}
+
+/// The same, its kernels compiled with `sanitizer`. `None`: the compiler lacks it; the reason was printed.
+fn run_with(sanitizer: Sanitizer, test: &str, fault: &str) -> Option<Child> {
+    let variables = match launcher::environment(sanitizer) {
+        Ok(variables) => variables,
+        Err(reason) => {
+            skip_or_panic(&reason);
+            return None;
+        }
+    };
+    let command = launcher::command(env::current_exe().unwrap(), sanitizer);
+    let mut command = one_test(command, test, fault);
+    // Kernels are run a few times; but without optimisation every register would be memory to watch.
+    command.envs(variables).env("CUEMU_OPTIMIZE", if sanitizer == Sanitizer::None { "0" } else { "1" });
+    Some(Child(command.output().unwrap()))
 }
 
 impl Child {
@@ -93,40 +102,6 @@ impl Child {
         let text = self.text();
         assert!(self.0.status.success() && text.contains("1 passed"), "{text}");
     }
-}
-
-/// What a process needs in its environment to run kernels of this build. `None`: the compiler lacks the
-/// sanitizer; the reason was printed.
-fn environment(build: Build) -> Option<Vec<(&'static str, String)>> {
-    let (name, library, options) = match build {
-        // Kernels that are run a few times.
-        Plain => return Some(vec![("CUEMU_OPTIMIZE", "0".to_owned())]),
-        Address => ("address", "libasan.so", ("ASAN_OPTIONS", "detect_leaks=0")),
-        Thread => {
-            ("thread", "libtsan.so", ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1"))
-        }
-    };
-    let compiler = env::var("CUEMU_CXX").unwrap_or_else(|_| "g++".to_owned());
-    let found = Command::new(&compiler).arg(format!("-print-file-name={library}")).output().unwrap();
-    let path = String::from_utf8(found.stdout).unwrap().trim().to_owned();
-    // The compiler answers with the bare name where it has no such file.
-    if !path.starts_with('/') {
-        skip_or_panic(&format!("{library} of {compiler}"));
-        return None;
-    }
-    let (options, value) = options;
-    let mut variables =
-        vec![("CUEMU_SANITIZER", name.to_owned()), ("LD_PRELOAD", path), (options, value.to_owned())];
-    // Without optimisation every register would be memory to watch.
-    variables.push(("CUEMU_OPTIMIZE", "1".to_owned()));
-    Some(variables)
-}
-
-fn run_with(build: Build, test: &str, fault: &str) -> Option<Child> {
-    let variables = environment(build)?;
-    let variables: Vec<(&str, &str)> =
-        variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    Some(run_child(test, fault, &variables))
 }
 
 /// Every fault of `file` is noticed. All that are not are listed.
@@ -200,7 +175,7 @@ const CLEAN: &[&str] = &[
 ];
 
 /// The correct kernels, in every build, under schedules × poisons: not one report.
-fn kernels_are_clean(build: Build, least_runs: usize) {
+fn kernels_are_clean(build: Sanitizer, least_runs: usize) {
     if is_child() || !runs_here() {
         return;
     }
@@ -218,15 +193,15 @@ fn kernels_are_clean(build: Build, least_runs: usize) {
 
 #[test]
 fn kernels_are_clean_under_all_schedules() {
-    kernels_are_clean(Plain, 200);
+    kernels_are_clean(Sanitizer::None, 200);
 }
 
 #[test]
 fn kernels_are_clean_under_address_sanitizer() {
-    kernels_are_clean(Address, 40);
+    kernels_are_clean(Sanitizer::Address, 40);
 }
 
 #[test]
 fn kernels_are_clean_under_thread_sanitizer() {
-    kernels_are_clean(Thread, 20);
+    kernels_are_clean(Sanitizer::Thread, 20);
 }

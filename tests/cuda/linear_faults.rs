@@ -1,6 +1,7 @@
 //! What the tests of linear layers must notice.
 
-use super::faults::{Build, Fault, WRONG};
+use super::faults::{Fault, WRONG};
+use cuemu::launcher::Sanitizer;
 
 const MMA: &str = "linear::mma_sync_gives_the_same_bits_under_all_schedules";
 const WGMMA: &str = "linear::wgmma_gives_the_same_bits_under_all_schedules";
@@ -15,7 +16,7 @@ pub const FAULTS: &[Fault] = &[
         from: "cp_async_wait<T::STAGES - 2>();  // the next stage's copies by this thread",
         to: "",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["cp.async still in flight when the thread exits"],
     },
     Fault {
@@ -24,7 +25,7 @@ pub const FAULTS: &[Fault] = &[
         from: "cp_async_wait<T::STAGES - 2>();  // the first stage's copies by this thread",
         to: "",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     Fault {
@@ -33,7 +34,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();                 // and by the others\n",
         to: "\n",
         test: MMA,
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: RACE,
     },
     Fault {
@@ -42,7 +43,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();                 // and by the others; all warps have read",
         to: "//",
         test: MMA,
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: RACE,
     },
     Fault {
@@ -51,7 +52,7 @@ pub const FAULTS: &[Fault] = &[
         from: "cp_async_commit();  // empty groups keep the count in step",
         to: "",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "relative error", "other bytes under", "still in flight"],
     },
     Fault {
@@ -60,7 +61,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();  // the barriers are initialised",
         to: "",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["before mbarrier.init"],
     },
     Fault {
@@ -69,7 +70,7 @@ pub const FAULTS: &[Fault] = &[
         from: "barrier_wait(empty + ring.slot * 8, ring.parity ^ 1);  // the slot's last use is over",
         to: "",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["more arrivals than the count that it was initialised with"],
     },
     Fault {
@@ -78,7 +79,7 @@ pub const FAULTS: &[Fault] = &[
         from: "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived",
         to: "",
         test: WGMMA,
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: RACE,
     },
     Fault {
@@ -87,7 +88,7 @@ pub const FAULTS: &[Fault] = &[
         from: "barrier_wait(full + ring.slot * 8, ring.parity);  // the stage has arrived",
         to: "",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "other bytes under", "more arrivals than the count"],
     },
     Fault {
@@ -96,7 +97,7 @@ pub const FAULTS: &[Fault] = &[
         from: "wgmma_wait<1>();  // the stage before this one has been read",
         to: "",
         test: WGMMA,
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: RACE,
     },
     Fault {
@@ -105,7 +106,7 @@ pub const FAULTS: &[Fault] = &[
         from: "wgmma_wait<0>();  // the sums are complete",
         to: "",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["wgmma was never waited for when the thread exits"],
     },
     // Operands.
@@ -115,7 +116,7 @@ pub const FAULTS: &[Fault] = &[
         from: "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
         to: "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     Fault {
@@ -124,7 +125,7 @@ pub const FAULTS: &[Fault] = &[
         from: "\"r\"(b0), \"r\"(b1)",
         to: "\"r\"(b1), \"r\"(b0)",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     Fault {
@@ -133,7 +134,7 @@ pub const FAULTS: &[Fault] = &[
         from: "[%0], [%1], 16, %2;",
         to: "[%0], [%1], 16;",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "relative error", "out of bounds cp.async read"],
     },
     Fault {
@@ -142,7 +143,7 @@ pub const FAULTS: &[Fault] = &[
         from: "cp.async.cg.shared.global [%0], [%1], 16, %2;",
         to: "cp.async.ca.shared.global [%0], [%1], 8, %2;",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "relative error", "cp.async"],
     },
     Fault {
@@ -151,7 +152,7 @@ pub const FAULTS: &[Fault] = &[
         from: "(u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62",
         to: "(u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)2 << 62",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     // What is past the end.
@@ -161,7 +162,7 @@ pub const FAULTS: &[Fault] = &[
         from: "depth0 + a_copy.column < depth ? 16 : 0",
         to: "16",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "out of bounds cp.async read"],
     },
     Fault {
@@ -170,7 +171,7 @@ pub const FAULTS: &[Fault] = &[
         from: "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)",
         to: "(a_copy.row + i * a_copy.STEP)",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["out of bounds cp.async read"],
     },
     Fault {
@@ -179,7 +180,7 @@ pub const FAULTS: &[Fault] = &[
         from: "min(a_copy.row + i * a_copy.STEP, rows - 1 - row0)",
         to: "(a_copy.row + i * a_copy.STEP)",
         test: MMA,
-        build: Build::Address,
+        build: Sanitizer::Address,
         reports: &["out of bounds cp.async read", "AddressSanitizer"],
     },
     Fault {
@@ -188,7 +189,7 @@ pub const FAULTS: &[Fault] = &[
         from: "if (row >= rows) continue;",
         to: "",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["out of bounds global"],
     },
     Fault {
@@ -197,7 +198,7 @@ pub const FAULTS: &[Fault] = &[
         from: "if (row >= rows) continue;",
         to: "",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["out of bounds global"],
     },
     // Sums.
@@ -207,7 +208,7 @@ pub const FAULTS: &[Fault] = &[
         from: "index > 0 || k > 0",
         to: "true",
         test: WGMMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     Fault {
@@ -216,7 +217,7 @@ pub const FAULTS: &[Fault] = &[
         from: "else if (addend) v = v +",
         to: "else if (addend) v =",
         test: MMA,
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
 ];

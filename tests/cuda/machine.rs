@@ -6,47 +6,38 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use cuemu::driver::Schedule;
 use gradlens::backend::cuda::{Code, Cuda, CudaSpec, ModuleSpec, Nvrtc, Sources};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use super::faults;
 
-/// How the stand-in driver runs a grid; the layout of `CuemuSchedule` in `crates/cuemu/runtime/cuemu.h`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Schedule {
-    pub seed: u64,
-    /// 0 first in first out, 1 reverse, 2 random, 3 random priorities.
-    pub policy: u32,
-    /// Asynchronous copies and matrix operations: 0 as late as possible, 1 at once, 2 at random.
-    pub async_mode: u32,
-    /// Pattern of memory nobody has written.
-    pub poison: u32,
-    pub shuffle_blocks: u32,
-    pub wave: u32,
-}
-
 /// NaN as float32 and as bfloat16, −1 as an integer.
-pub const NAN_POISON: u32 = 0xffff_ffff;
+const NAN_POISON: u32 = 0xffff_ffff;
 
-impl Schedule {
-    pub const PLAIN: Self =
-        Self { seed: 1, policy: 0, async_mode: 0, poison: NAN_POISON, shuffle_blocks: 0, wave: 1 };
+/// In order, everything as late as possible.
+const PLAIN: Schedule = Schedule {
+    seed: 1,
+    policy: Schedule::FIFO,
+    async_mode: Schedule::LAZY,
+    poison: NAN_POISON,
+    shuffle_blocks: 0,
+    wave: 1,
+};
 
-    /// Every policy with every asynchronous mode; poisons, seeds and block orders vary along.
-    pub fn all() -> Vec<Self> {
-        let poisons = [NAN_POISON, 0, 0x7f7f_7f7f];
-        let pairs = (0..4).flat_map(|policy| (0..3).map(move |async_mode| (policy, async_mode)));
-        let schedule = |(index, (policy, async_mode)): (u32, (u32, u32))| Self {
-            seed: u64::from(index) + 1,
-            policy,
-            async_mode,
-            poison: poisons[index as usize % poisons.len()],
-            shuffle_blocks: index % 2,
-            wave: 1 + index % 3,
-        };
-        (0..).zip(pairs).map(schedule).collect()
-    }
+/// Every policy with every asynchronous mode; poisons, seeds and block orders vary along.
+fn schedules() -> Vec<Schedule> {
+    let poisons = [NAN_POISON, 0, 0x7f7f_7f7f];
+    let pairs = (0..4).flat_map(|policy| (0..3).map(move |async_mode| (policy, async_mode)));
+    let schedule = |(index, (policy, async_mode)): (u32, (u32, u32))| Schedule {
+        seed: u64::from(index) + 1,
+        policy,
+        async_mode,
+        poison: poisons[index as usize % poisons.len()],
+        shuffle_blocks: index % 2,
+        wave: 1 + index % 3,
+    };
+    (0..).zip(pairs).map(schedule).collect()
 }
 
 /// The driver's controls, where it is the stand-in.
@@ -70,7 +61,8 @@ fn driver() -> Result<&'static Driver, String> {
         }
         Nvrtc::load().map_err(|error| error.to_string())?;
         let compiler = env::var("CUEMU_CXX").unwrap_or_else(|_| "g++".to_owned());
-        let version = Command::new(&compiler).arg("--version").output();
+        let version =
+            Command::new(compiler.split_whitespace().next().unwrap_or("g++")).arg("--version").output();
         version.map_err(|error| {
             format!("{compiler}, which compiles what the kernels are translated to: {error}")
         })?;
@@ -159,7 +151,7 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
     let code = modules.code;
     let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules }).unwrap();
     let machine = Machine { cuda, code, stand_in, _turn: turn };
-    machine.schedule(Schedule::PLAIN);
+    machine.schedule(PLAIN);
     Some(machine)
 }
 
@@ -201,11 +193,11 @@ impl Machine {
             (false, true) => 4,
             (false, false) => 1,
         };
-        for schedule in Schedule::all().into_iter().skip(step).step_by(step) {
+        for schedule in schedules().into_iter().skip(step).step_by(step) {
             self.schedule(schedule);
             assert!(counted() == first, "other bytes under {schedule:?}");
         }
-        self.schedule(Schedule::PLAIN);
+        self.schedule(PLAIN);
         first
     }
 }

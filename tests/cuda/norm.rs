@@ -1,11 +1,12 @@
 //! RMSNorm against float64.
 
+use cuemu::launcher::Sanitizer;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use gradlens::backend::cuda::norm::NormSpec;
 use gradlens::backend::cuda::{Buf, Real};
 
-use super::faults::{Build, Fault, WRONG};
+use super::faults::{Fault, WRONG};
 use super::machine::{Machine, Random, machine};
 
 /// What these tests must notice.
@@ -16,7 +17,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();  // norm: the warps' sums are written",
         to: "",
         test: "norm::forward",
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: &["ThreadSanitizer: data race"],
     },
     Fault {
@@ -25,7 +26,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();  // norm: the warps' sums are written",
         to: "",
         test: "norm::backward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
     Fault {
@@ -34,7 +35,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();  // norm: the warps' sums are written",
         to: "if (in_warp < 16) __syncthreads();",
         test: "norm::forward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["divergent", "deadlock"],
     },
     Fault {
@@ -43,7 +44,7 @@ pub const FAULTS: &[Fault] = &[
         from: "v[i] += __shfl_xor_sync(FULL_WARP, v[i], step)",
         to: "v[i] += __shfl_xor_sync(0x0000ffffu, v[i], step)",
         test: "norm::forward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["mask 0000ffff does not contain the calling lane"],
     },
     Fault {
@@ -52,7 +53,7 @@ pub const FAULTS: &[Fault] = &[
         from: "inside[i] = team.has_row() && team.column(i) < width;\n    row[i].clear()",
         to: "inside[i] = team.has_row() && team.column(i) <= width;\n    row[i].clear()",
         test: "norm::backward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["out of bounds global"],
     },
     Fault {
@@ -61,7 +62,7 @@ pub const FAULTS: &[Fault] = &[
         from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
         to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
         test: "norm::forward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["out of bounds shared write"],
     },
     Fault {
@@ -70,7 +71,7 @@ pub const FAULTS: &[Fault] = &[
         from: "if (in_warp == 0) scratch[32 * i + (threadIdx.x >> 5)] = v[i];",
         to: "if (in_warp == 0) scratch[32 * i + 31 + (threadIdx.x >> 5)] = v[i];",
         test: "norm::forward",
-        build: Build::Address,
+        build: Sanitizer::Address,
         reports: &["out of bounds shared write", "AddressSanitizer"],
     },
     Fault {
@@ -79,7 +80,7 @@ pub const FAULTS: &[Fault] = &[
         from: "row[i][k] *= scale[i].value(k) + weight_offset;",
         to: "row[i][k] *= scale[i].value(k);",
         test: "norm::forward",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: WRONG,
     },
 ];

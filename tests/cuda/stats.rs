@@ -1,11 +1,12 @@
 //! Per-dimension sums against float64.
 
+use cuemu::launcher::Sanitizer;
 use std::ops::Range;
 
 use gradlens::backend::cuda::{Buf, Real};
 use gradlens::backend::{Moments, NonFinite};
 
-use super::faults::{Build, Fault};
+use super::faults::Fault;
 use super::machine::{Machine, Random, machine};
 
 /// What these tests must notice.
@@ -16,7 +17,7 @@ pub const FAULTS: &[Fault] = &[
         from: "__syncthreads();  // stats: the warps' sums are written",
         to: "",
         test: "stats::moments",
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: &["ThreadSanitizer: data race"],
     },
     Fault {
@@ -25,7 +26,7 @@ pub const FAULTS: &[Fault] = &[
         from: "atomicMin(non_finite, index)",
         to: "*non_finite = min(*non_finite, index)",
         test: "stats::the_first_sample_that_is_not_finite_is_named",
-        build: Build::Thread,
+        build: Sanitizer::Thread,
         reports: &["ThreadSanitizer: data race"],
     },
     Fault {
@@ -34,7 +35,7 @@ pub const FAULTS: &[Fault] = &[
         from: "int rows = segment.rows - start;",
         to: "int rows = segment.rows - start + 1;",
         test: "stats::moments",
-        build: Build::Plain,
+        build: Sanitizer::None,
         reports: &["instead of", "out of bounds global read"],
     },
 ];

@@ -42,6 +42,8 @@ struct CuemuLaunch {
   uint32_t grid[3], block[3];
   uint64_t dynamic_shared_bytes;
   CuemuSchedule schedule;
+  uint32_t device;  // it runs on
+  uint64_t peers;   // bit i: it reaches the memory of device i, too
 };
 
 // Runs one grid to its end. 0, or 1 with a message in `error`. May be called from any OS thread, several at
@@ -49,10 +51,13 @@ struct CuemuLaunch {
 int cuemu_launch(const CuemuLaunch* launch, char* error, size_t error_bytes);
 
 // Device memory: exactly `bytes` long, 256-byte aligned, filled with `poison`, known to the checks of
-// `cuemu::global`. Null when there is no memory.
-void* cuemu_alloc(size_t bytes, uint32_t poison);
+// `cuemu::global`. Null when there is no memory. `device`: whose it is, or CUEMU_ANY_DEVICE, which all reach.
+// `pending`: kernels may not use it before `cuemu_begin`.
+enum : uint32_t { CUEMU_ANY_DEVICE = 0xffffffff };
+void* cuemu_alloc(size_t bytes, uint32_t poison, uint32_t device, uint32_t pending);
+void cuemu_begin(void* block);
 void cuemu_free(void* block);
-// Makes other memory known as device memory (a module's `.global` and `.const` variables), and unknown again.
+// Makes other memory known as memory that kernels on any device reach, and unknown again.
 void cuemu_register(void* block, size_t bytes);
 void cuemu_unregister(void* block);
 
@@ -102,7 +107,7 @@ extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 // Memory. A `Span` is the allocation or variable in which an instruction's last access fell; each translated
 // load or store keeps one, so that the check is a few comparisons in the usual case.
 struct Span { uintptr_t begin = 0, end = 0; uint64_t epoch = 0; };
-extern uint64_t global_epoch;  // counts cuemu_free; read without a lock (frees happen between grids)
+extern uint64_t global_epoch;  // see find_allocation; read without a lock (frees happen between grids)
 // `count` spans that live as long as the grid, the same ones for all its threads and none else: no lock, no
 // thread-local variable. `key` identifies the kernel. To be asked for once, at the kernel's start. A span that
 // outlives the grid may be used too, if no other OS thread uses it.

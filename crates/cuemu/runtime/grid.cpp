@@ -298,6 +298,13 @@ int cuemu_launch(const CuemuLaunch* request, char* error, size_t error_bytes) {
   while (ring < uint64_t(grid->schedule.wave) * grid->threads) ring *= 2;
   grid->ring.resize(ring);
 
+  // What the last grid on this OS thread was allowed to reach, this one may not be.
+  static thread_local uint64_t last_device = CUEMU_ANY_DEVICE, last_peers = 0;
+  if (last_device != request->device || last_peers != request->peers)
+    __atomic_fetch_add(&global_epoch, 1, __ATOMIC_RELAXED);
+  last_device = request->device;
+  last_peers = request->peers;
+
   launch = grid.get();
   for (int i = 0; i < 4; i++) random_bits();
   if (request->schedule.shuffle_blocks) {

@@ -14,7 +14,11 @@ namespace {
 constexpr uint32_t shared_gap = 64;
 constexpr size_t freed_remembered = 64;
 
-struct Allocation { uintptr_t begin, end; };
+struct Allocation {
+  uintptr_t begin, end;
+  uint32_t device;
+  bool pending;  // its stream has not come to the allocation
+};
 
 // Every block of device memory, in order. A spinning lock: ThreadSanitizer would take a mutex for
 // synchronisation of the CUDA threads that come here.
@@ -30,10 +34,10 @@ struct Registry {
     return std::upper_bound(allocations.begin(), allocations.end(), address,
                             [](uintptr_t a, const Allocation& b) { return a < b.begin; });
   }
-  void add(uintptr_t begin, uintptr_t end) {
+  void add(const Allocation& fresh) {
     for (Allocation& block : freed)
-      if (block.begin < end && begin < block.end) block = {};  // in use again
-    allocations.insert(after(begin), {begin, end});
+      if (block.begin < fresh.end && fresh.begin < block.end) block = {};  // in use again
+    allocations.insert(after(fresh.begin), fresh);
   }
   // False: there is none that begins there.
   bool remove(uintptr_t begin) {
@@ -128,14 +132,23 @@ void find_variable(Span& span, uint64_t offset, uint32_t bytes, const char* what
   fail_at_shared_address(offset, bytes, what, site);
 }
 
-// Into `span`: the allocation that holds the bytes. False: there is none.
-bool find_allocation(Span& span, uint64_t address, uint64_t bytes) {
+// Into `span`: the allocation that holds the bytes. False: there is none. `span` is right for as long as the
+// epoch is: it begins anew when memory is freed, and when a grid of another device, or with other peers, runs
+// on this OS thread.
+bool find_allocation(Span& span, uint64_t address, uint64_t bytes, const char* what, Site site) {
   Registry& all = registry();
   all.lock();
   const auto next = all.after(address);
   const Allocation found = next == all.allocations.begin() ? Allocation{} : *(next - 1);
   all.unlock();
   if (address >= found.end || bytes > found.end - address) return false;
+  const uint32_t own = launch->request->device, device = found.device;
+  const bool reached = device == own || device == CUEMU_ANY_DEVICE || (device < 64 && launch->request->peers >> device & 1);
+  if (!reached)
+    fail(site, "%s of %llu bytes at 0x%llx: memory of device %u accessed by a kernel on device %u without peer access",
+         what, hex(bytes), hex(address), device, own);
+  if (found.pending)
+    fail(site, "%s of %llu bytes at 0x%llx: memory used before its allocation in stream order", what, hex(bytes), hex(address));
   span = {found.begin, found.end, global_epoch};
   return true;
 }
@@ -188,7 +201,7 @@ char* device_bytes_at(Span& span, uint64_t address, uint64_t bytes, uint32_t ali
                       Site site) {
   require_alignment(address, align, bytes, what, site);
   if (span.epoch != global_epoch || address < span.begin || address >= span.end || bytes > span.end - address)
-    if (!find_allocation(span, address, bytes)) fail_at_device_address(address, bytes, what, site);
+    if (!find_allocation(span, address, bytes, what, site)) fail_at_device_address(address, bytes, what, site);
   return reinterpret_cast<char*>(address);
 }
 
@@ -304,13 +317,31 @@ void fence_async_proxy(Site) {
 
 using namespace cuemu;
 
-void* cuemu_alloc(size_t bytes, uint32_t poison) {
+namespace {
+void remember(const Allocation& fresh) {
+  Registry& all = registry();
+  all.lock();
+  all.add(fresh);
+  all.unlock();
+}
+}  // namespace
+
+void* cuemu_alloc(size_t bytes, uint32_t poison, uint32_t device, uint32_t pending) {
   tsan::Ignore ignore;
   void* block = nullptr;
   if (posix_memalign(&block, 256, bytes ? bytes : 1)) return nullptr;
   fill_pattern(block, bytes, poison);
-  cuemu_register(block, bytes);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(block);
+  remember({begin, begin + bytes, device, pending != 0});
   return block;
+}
+
+void cuemu_begin(void* block) {
+  Registry& all = registry();
+  all.lock();
+  const auto next = all.after(reinterpret_cast<uintptr_t>(block));
+  if (next != all.allocations.begin()) (next - 1)->pending = false;
+  all.unlock();
 }
 
 void cuemu_free(void* block) {
@@ -322,10 +353,7 @@ void cuemu_free(void* block) {
 
 void cuemu_register(void* block, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(block);
-  Registry& all = registry();
-  all.lock();
-  all.add(begin, begin + bytes);
-  all.unlock();
+  remember({begin, begin + bytes, CUEMU_ANY_DEVICE, false});
 }
 
 void cuemu_unregister(void* block) {

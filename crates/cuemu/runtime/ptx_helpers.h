@@ -133,10 +133,9 @@ template <class F> inline F round_to_integral(F a, Round round) {
     default: return std::ceil(a);
   }
 }
-// Out of range: the nearest value of T. NaN: 0, or the largest power of two for 64 bits and no saturation,
-// which no kernel may count on.
+// Out of range: the nearest value of T. NaN: 0, or the highest bit alone where f64 or 64 bits are involved.
 template <class T, class F> inline T to_integer(F a, Round round) {
-  if (a != a) return sizeof(T) == 8 ? T(uint64_t(1) << 63) : T(0);
+  if (a != a) return sizeof(F) == 8 || sizeof(T) == 8 ? static_cast<T>(uint64_t(1) << (sizeof(T) * 8 - 1)) : T(0);
   const F whole = round_to_integral(a, round);
   // Both limits of T, or powers of two beside them: exact in F.
   constexpr F low = static_cast<F>(std::numeric_limits<T>::min());

@@ -8,8 +8,15 @@
 //!
 //! What it finds that a GPU would not tell: reads of poisoned (uninitialised) memory, accesses outside a
 //! variable or allocation, barriers and warp operations that not all threads reach, asynchronous copies read
-//! before they were waited for, streams that do not wait for each other, and, built with ThreadSanitizer,
-//! every data race.
+//! before they were waited for, fences that wgmma and the copy engine need, streams that do not wait for each
+//! other or for an allocation, memory of another device without peer access, and, built with ThreadSanitizer,
+//! data races.
+//!
+//! What it does not find: fences of too small a scope; within a block, a fence and an atomic access that
+//! belong together, but are those of two threads with no barrier between them; `wgmma.fence` missing after
+//! registers of A, or accumulators used for the first time, were written; pools whose access other devices
+//! were not given (peer access opens them here); all that depends on time, and on what the compiler to
+//! machine code does.
 //!
 //! # Environment
 //!

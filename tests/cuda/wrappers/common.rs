@@ -143,7 +143,7 @@ fn round_to_bf16() -> Case {
             let given = upload(machine, &x)?;
             at.launch(machine, x.len(), |out| {
                 let len = Value::from(x.len() as i32);
-                vec![("const float* x", Value::from(&given)), ("u32* out", out), ("int len", len)]
+                vec![("const float* x", floats(Value::from(&given))), ("u32* out", out), ("int len", len)]
             })
         }),
     }
@@ -160,7 +160,7 @@ fn pack_pairs() -> Case {
             let given = upload(machine, &x)?;
             at.launch(machine, x.len() / 2, |out| {
                 let len = Value::from(x.len() as i32);
-                vec![("const float* x", Value::from(&given)), ("u32* out", out), ("int len", len)]
+                vec![("const float* x", floats(Value::from(&given))), ("u32* out", out), ("int len", len)]
             })
         }),
     }
@@ -197,7 +197,7 @@ fn sums(name: &'static str, entry: &'static str, threads: usize, team: usize) ->
         run: Box::new(move |machine, at| {
             let given = upload(machine, &x)?;
             at.launch(machine, x.len(), |out| {
-                vec![("const float* x", Value::from(&given)), ("float* out", floats(out))]
+                vec![("const float* x", floats(Value::from(&given))), ("float* out", floats(out))]
             })
         }),
     }
@@ -352,7 +352,7 @@ fn gather_quads() -> Case {
         run: Box::new(move |machine, at| {
             let given = upload(machine, &tile)?;
             at.launch(machine, 32 * 5, |out| {
-                vec![("const float* tile", Value::from(&given)), ("float* out", floats(out))]
+                vec![("const float* tile", floats(Value::from(&given))), ("float* out", floats(out))]
             })
         }),
     }

@@ -118,6 +118,7 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, 
   wgmma_commit();
   wgmma_wait<1>();
   wgmma_wait<0>();
+  wgmma_done(sum);
 #pragma unroll
   for (int i = 0; i < COUNT; i++) out[threadIdx.x * COUNT + i] = sum[i];
 }

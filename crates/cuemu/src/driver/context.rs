@@ -7,6 +7,7 @@ use std::thread::ThreadId;
 use super::abi::{Handle, In, Out};
 use super::device::{api, check};
 use super::error::{Code, Error, Result};
+use super::runtime::Place;
 use super::stream::{self, Stream};
 use super::{State, memory, state};
 
@@ -42,6 +43,17 @@ pub(super) fn get(state: &mut State, context: Handle) -> Result<&mut Context> {
         .contexts
         .get_mut(&context)
         .ok_or_else(|| Error::new(Code::INVALID_CONTEXT, "there is no such context, or it was destroyed"))
+}
+
+/// Where kernels of a context run, and which devices' memory they reach.
+pub(super) fn place(state: &mut State, context: Handle) -> Result<Place> {
+    let own = get(state, context)?;
+    let (device, peers) = (own.device as u32, own.peers.clone());
+    let devices = peers.iter().filter_map(|peer| state.contexts.get(peer)).map(|peer| peer.device);
+    Ok(Place {
+        device,
+        peers: devices.filter(|device| *device < 64).fold(0, |mask, device| mask | 1 << device),
+    })
 }
 
 /// The context of this thread.

@@ -7,7 +7,7 @@ use super::abi::{DevicePtr, Handle, In, Out};
 use super::context::{self, working};
 use super::device::api;
 use super::error::{Code, Error, Result};
-use super::memory::Kind;
+use super::memory::{Kind, used_early};
 use super::runtime::using_memory;
 use super::stream::{self, context_of, resolve, submit};
 use super::{State, state};
@@ -58,6 +58,7 @@ fn still_there(what: &str, place: Place, bytes: usize) -> Result<u64> {
     match place {
         Place::Pageable(address) => Ok(address),
         Place::Known(address) => match state().memory.device_range(what, address, bytes) {
+            Ok(block) if block.pending => Err(used_early(what, address)),
             Ok(_) => Ok(address),
             Err(_) => Err(Error::new(
                 Code::ILLEGAL_ADDRESS,

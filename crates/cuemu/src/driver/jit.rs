@@ -13,7 +13,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::error::{Code, Error, Result};
 use super::options::{Options, Sanitizer, Schedule};
-use super::runtime::{Entry, SOURCES};
+use super::runtime::{Entry, Place, SOURCES};
 pub use super::runtime::{Runtime, Stats};
 use crate::ptx;
 
@@ -73,12 +73,30 @@ impl Kernel {
         parameters: &mut [*mut c_void],
         schedule: Schedule,
     ) -> Result<(), String> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_at(Place::default(), grid, block, dynamic_shared_bytes, parameters, schedule) }
+    }
+
+    /// The same on a device.
+    ///
+    /// # Safety
+    ///
+    /// As of [`launch`](Self::launch).
+    pub(super) unsafe fn launch_at(
+        &self,
+        place: Place,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared_bytes: u64,
+        parameters: &mut [*mut c_void],
+        schedule: Schedule,
+    ) -> Result<(), String> {
         let runtime = Runtime::load().map_err(|error| error.to_string())?;
         if parameters.len() != self.parameter_sizes.len() {
             return Err(format!("{} has {} parameters", self.name, self.parameter_sizes.len()));
         }
         // SAFETY: the caller's promise.
-        unsafe { runtime.launch(self.entry, parameters, grid, block, dynamic_shared_bytes, schedule) }
+        unsafe { runtime.launch(self.entry, parameters, grid, block, dynamic_shared_bytes, schedule, place) }
     }
 }
 

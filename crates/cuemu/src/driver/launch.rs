@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use super::abi::{Handle, In, Out};
+use super::context;
 use super::device::{
     self, DEFAULT_SHARED, MAX_BLOCK, MAX_GRID, MAX_THREADS, MULTIPROCESSORS, RESERVED_SHARED, api,
 };
@@ -135,6 +136,7 @@ fn launch(handle: Handle, shape: Shape, stream: Handle, given: &In<In<u8>>, extr
     check(function, &shape)?;
     let kernel = function.kernel.clone();
     let mut parameters = Parameters::copy(&kernel, given)?;
+    let place = context::place(&mut state, context)?;
     submit(&mut state, stream, move || {
         let Shape { grid, block, dynamic_shared, cooperative } = shape;
         let mut schedule = schedule();
@@ -143,8 +145,9 @@ fn launch(handle: Handle, shape: Shape, stream: Handle, given: &In<In<u8>>, extr
         }
         let mut pointers = parameters.pointers();
         // SAFETY: one pointer to a copy of each parameter, aligned for anything, which lives until the end.
-        let outcome =
-            unsafe { kernel.launch(grid, block, u64::from(dynamic_shared), &mut pointers, schedule) };
+        let outcome = unsafe {
+            kernel.launch_at(place, grid, block, u64::from(dynamic_shared), &mut pointers, schedule)
+        };
         outcome.map_err(|text| failure(&kernel.name, &text))
     })
     .map(drop)
@@ -152,8 +155,15 @@ fn launch(handle: Handle, shape: Shape, stream: Handle, given: &In<In<u8>>, extr
 
 /// What the program gets to know of a failed kernel.
 fn failure(name: &str, text: &str) -> Error {
-    const ADDRESSES: [&str; 5] =
-        ["out of bounds ", "global ", "no device allocation", "was freed", "at shared address"];
+    const ADDRESSES: [&str; 7] = [
+        "out of bounds ",
+        "global ",
+        "no device allocation",
+        "was freed",
+        "at shared address",
+        "without peer access",
+        "before its allocation",
+    ];
     let code = if text.starts_with("misaligned ") {
         Code::MISALIGNED_ADDRESS
     } else if ADDRESSES.iter().any(|words| text.contains(words)) {

@@ -9,7 +9,7 @@ use super::context::{self, working};
 use super::device::{api, check};
 use super::error::{Code, Error, Result};
 use super::options::{Options, schedule};
-use super::runtime::Runtime;
+use super::runtime::{ANY_DEVICE, Runtime};
 use super::state;
 use super::stream::{self, context_of, resolve, submit_always};
 
@@ -31,6 +31,10 @@ pub(super) struct Block {
     pub(super) kind: Kind,
     pub(super) device: usize,
     pub(super) context: Handle,
+    /// The stream that allocates it has not come to the allocation.
+    pub(super) pending: bool,
+    /// Which of all allocations: addresses are used again.
+    serial: u64,
 }
 
 impl Block {
@@ -44,6 +48,7 @@ impl Block {
 pub(super) struct Memory {
     blocks: BTreeMap<u64, Block>,
     used: BTreeMap<usize, Usage>,
+    allocations: u64,
 }
 
 /// Bytes of a device's memory.
@@ -84,13 +89,23 @@ impl Memory {
         self.find(address).filter(|block| block.kind != Kind::Device && block.has(address, bytes))
     }
 
-    fn insert(&mut self, block: Block) {
+    /// Adds a block, and returns its serial number.
+    fn insert(&mut self, block: Block) -> u64 {
+        self.allocations += 1;
         if block.kind == Kind::Device {
             let used = self.used.entry(block.device).or_default();
             used.now += block.bytes as u64;
             used.most = used.most.max(used.now);
         }
-        self.blocks.insert(block.address, block);
+        let serial = self.allocations;
+        self.blocks.insert(block.address, Block { serial, ..block });
+        serial
+    }
+
+    /// The stream has come to the allocation of this block, if it is still there.
+    fn begin(&mut self, address: u64, serial: u64) -> bool {
+        let block = self.blocks.get_mut(&address).filter(|block| block.serial == serial);
+        block.map(|block| block.pending = false).is_some()
     }
 
     /// Takes the allocation that begins at `address` out of the tables.
@@ -126,12 +141,18 @@ pub(super) fn free_now(block: Block) -> Result<()> {
     Ok(())
 }
 
-/// Allocates for this thread's context, or for `device`.
-fn allocate(kind: Kind, bytes: usize, device: Option<usize>) -> Result<u64> {
+/// Allocates for this thread's context.
+fn allocate(kind: Kind, bytes: usize) -> Result<u64> {
+    let context = working(&state())?;
+    let device = context::get(&mut state(), context)?.device;
+    allocate_on(kind, bytes, device, None)
+}
+
+/// Allocates memory of `device`, at once, or when `stream` gets there: the memory is reserved meanwhile.
+fn allocate_on(kind: Kind, bytes: usize, device: usize, stream: Option<Handle>) -> Result<u64> {
     let runtime = Runtime::load()?;
     let limit = Options::get()?.memory;
     let context = working(&state())?;
-    let device = device.map_or_else(|| Ok(context::get(&mut state(), context)?.device), Ok)?;
     if bytes == 0 {
         return Err(Error::invalid("an allocation of no bytes"));
     }
@@ -153,27 +174,38 @@ fn allocate(kind: Kind, bytes: usize, device: Option<usize>) -> Result<u64> {
             return Err(out_of_memory(free));
         }
     }
-    let block = runtime.allocate(bytes, schedule().poison).ok_or_else(|| out_of_memory(0))?;
+    let (pending, poison) = (stream.is_some(), schedule().poison);
+    let reached = if kind == Kind::Device { device as u32 } else { ANY_DEVICE };
+    let block = runtime.allocate_on(reached, bytes, poison, pending).ok_or_else(|| out_of_memory(0))?;
     let address = block.as_ptr() as u64;
-    state.memory.insert(Block { address, bytes, kind, device, context });
+    let serial = state.memory.insert(Block { address, bytes, kind, device, context, pending, serial: 0 });
+    let Some(stream) = stream else { return Ok(address) };
+    let begin = move |_: Option<&Error>| {
+        let mut state = self::state();
+        if let (true, Some(block)) = (state.memory.begin(address, serial), NonNull::new(address as *mut u8)) {
+            runtime.begin(block);
+        }
+        Ok(())
+    };
+    submit_always(&mut state, stream, Vec::new(), Box::new(begin))?;
     Ok(address)
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemAlloc_v2(pointer: Out<DevicePtr>, bytes: usize) -> i32 {
-    api(|| pointer.put(allocate(Kind::Device, bytes, None)?))
+    api(|| pointer.put(allocate(Kind::Device, bytes)?))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemAllocAsync(pointer: Out<DevicePtr>, bytes: usize, stream: Handle) -> i32 {
     api(|| {
-        let device = {
+        let (device, stream) = {
             let mut state = state();
             let stream = resolve(&mut state, stream)?;
             let context = context_of(&state, stream)?;
-            context::get(&mut state, context)?.device
+            (context::get(&mut state, context)?.device, stream)
         };
-        pointer.put(allocate(Kind::Device, bytes, Some(device))?)
+        pointer.put(allocate_on(Kind::Device, bytes, device, Some(stream))?)
     })
 }
 
@@ -207,10 +239,20 @@ unsafe extern "C" fn cuMemFreeAsync(pointer: DevicePtr, stream: Handle) -> i32 {
         // Also after a failure: the numbers would be wrong otherwise.
         let free = move |_: Option<&Error>| {
             let block = self::state().memory.take(pointer, |kind| kind == Kind::Device);
-            free_now(block.ok_or_else(|| not_allocated("cuMemFreeAsync", pointer))?)
+            let block = block.ok_or_else(|| not_allocated("cuMemFreeAsync", pointer))?;
+            free_now(block)?;
+            if block.pending { Err(used_early("cuMemFreeAsync", pointer)) } else { Ok(()) }
         };
         submit_always(&mut state, stream, Vec::new(), Box::new(free)).map(drop)
     })
+}
+
+/// What work finds that gets to memory before the stream that allocates it does.
+pub(super) fn used_early(what: &str, pointer: u64) -> Error {
+    Error::new(
+        Code::ILLEGAL_ADDRESS,
+        format!("{what}: the memory at {pointer:#x} is used before its allocation in stream order"),
+    )
 }
 
 fn not_allocated(what: &str, pointer: u64) -> Error {
@@ -289,8 +331,8 @@ unsafe extern "C" fn cuMemAllocFromPoolAsync(
 ) -> i32 {
     api(|| {
         let device = pool_device(pool)?;
-        resolve(&mut state(), stream)?;
-        pointer.put(allocate(Kind::Device, bytes, Some(device))?)
+        let stream = resolve(&mut state(), stream)?;
+        pointer.put(allocate_on(Kind::Device, bytes, device, Some(stream))?)
     })
 }
 
@@ -333,12 +375,12 @@ unsafe extern "C" fn cuMemPoolSetAttribute(pool: Handle, attribute: i32, value: 
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemHostAlloc(pointer: Out<u64>, bytes: usize, _flags: u32) -> i32 {
-    api(|| pointer.put(allocate(Kind::Host, bytes, None)?))
+    api(|| pointer.put(allocate(Kind::Host, bytes)?))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuMemAllocHost_v2(pointer: Out<u64>, bytes: usize) -> i32 {
-    api(|| pointer.put(allocate(Kind::Host, bytes, None)?))
+    api(|| pointer.put(allocate(Kind::Host, bytes)?))
 }
 
 /// Waits for nothing: a copy that is still to come finds its memory gone, and says so.
@@ -375,7 +417,8 @@ unsafe extern "C" fn cuMemHostRegister_v2(pointer: u64, bytes: usize, _flags: u3
         }
         let device = context::get(&mut state, context)?.device;
         runtime.register(block, bytes);
-        state.memory.insert(Block { address: pointer, bytes, kind: Kind::Registered, device, context });
+        let (kind, pending, serial) = (Kind::Registered, false, 0);
+        state.memory.insert(Block { address: pointer, bytes, kind, device, context, pending, serial });
         Ok(())
     })
 }

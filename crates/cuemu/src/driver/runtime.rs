@@ -28,7 +28,20 @@ struct Launch {
     block: [u32; 3],
     dynamic_shared_bytes: u64,
     schedule: Schedule,
+    place: Place,
 }
+
+/// Where a grid runs: the end of `CuemuLaunch`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Place {
+    pub(super) device: u32,
+    /// Bit i: kernels there reach the memory of device i, too.
+    pub(super) peers: u64,
+}
+
+/// The device of memory that all devices reach.
+pub(super) const ANY_DEVICE: u32 = u32::MAX;
 
 /// `CuemuStats`: counters over all grids so far.
 #[repr(C)]
@@ -59,7 +72,8 @@ pub(super) fn using_memory<T>(body: impl FnOnce() -> T) -> T {
 #[derive(Debug)]
 pub struct Runtime {
     launch: unsafe extern "C" fn(*const Launch, *mut c_char, usize) -> c_int,
-    allocate: unsafe extern "C" fn(usize, u32) -> *mut c_void,
+    allocate: unsafe extern "C" fn(usize, u32, u32, u32) -> *mut c_void,
+    begin: unsafe extern "C" fn(*mut c_void),
     free: unsafe extern "C" fn(*mut c_void),
     register: unsafe extern "C" fn(*mut c_void, usize),
     unregister: unsafe extern "C" fn(*mut c_void),
@@ -86,6 +100,7 @@ impl Runtime {
             Self {
                 launch: *library.get(b"cuemu_launch\0").map_err(failed)?,
                 allocate: *library.get(b"cuemu_alloc\0").map_err(failed)?,
+                begin: *library.get(b"cuemu_begin\0").map_err(failed)?,
                 free: *library.get(b"cuemu_free\0").map_err(failed)?,
                 register: *library.get(b"cuemu_register\0").map_err(failed)?,
                 unregister: *library.get(b"cuemu_unregister\0").map_err(failed)?,
@@ -96,10 +111,28 @@ impl Runtime {
         Ok(runtime)
     }
 
-    /// Device memory: exactly `bytes` long, aligned to 256 bytes, filled with `poison`. `None`: there is none.
+    /// Memory that kernels on all devices reach: exactly `bytes` long, aligned to 256 bytes, filled with `poison`.
+    /// `None`: there is none.
     pub fn allocate(&self, bytes: usize, poison: u32) -> Option<NonNull<u8>> {
+        self.allocate_on(ANY_DEVICE, bytes, poison, false)
+    }
+
+    /// The same for memory of a device. `pending`: kernels may use it after [`begin`](Self::begin).
+    pub(super) fn allocate_on(
+        &self,
+        device: u32,
+        bytes: usize,
+        poison: u32,
+        pending: bool,
+    ) -> Option<NonNull<u8>> {
         // SAFETY: any size may be asked for.
-        NonNull::new(unsafe { (self.allocate)(bytes, poison) }.cast())
+        NonNull::new(unsafe { (self.allocate)(bytes, poison, device, u32::from(pending)) }.cast())
+    }
+
+    /// Lets kernels use a block that was allocated as pending.
+    pub(super) fn begin(&self, block: NonNull<u8>) {
+        // SAFETY: the runtime looks the address up.
+        unsafe { (self.begin)(block.as_ptr().cast()) }
     }
 
     /// Frees device memory, once nothing uses any.
@@ -147,9 +180,10 @@ impl Runtime {
         block: [u32; 3],
         dynamic_shared_bytes: u64,
         schedule: Schedule,
+        place: Place,
     ) -> Result<(), String> {
         let parameters = parameters.as_mut_ptr();
-        let launch = Launch { entry, parameters, grid, block, dynamic_shared_bytes, schedule };
+        let launch = Launch { entry, parameters, grid, block, dynamic_shared_bytes, schedule, place };
         let mut text = [0_u8; 8192];
         // SAFETY: `Launch` has the layout of `CuemuLaunch`; the text has the length that is told.
         let failed = using_memory(|| unsafe { (self.launch)(&launch, text.as_mut_ptr().cast(), text.len()) });

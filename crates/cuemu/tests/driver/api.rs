@@ -73,6 +73,8 @@ functions! {
     cuCtxPushCurrent_v2(context: Handle) -> i32;
     cuCtxPopCurrent_v2(context: *mut Handle) -> i32;
     cuCtxSynchronize() -> i32;
+    cuCtxEnablePeerAccess(peer: Handle, flags: u32) -> i32;
+    cuCtxDisablePeerAccess(peer: Handle) -> i32;
     cuDevicePrimaryCtxRetain(context: *mut Handle, device: i32) -> i32;
     cuDevicePrimaryCtxRelease_v2(device: i32) -> i32;
     cuMemAlloc_v2(pointer: *mut u64, bytes: usize) -> i32;

@@ -82,6 +82,69 @@ fn a_free_in_a_stream_happens_there() {
 }
 
 #[test]
+fn an_allocation_in_a_stream_happens_there() {
+    let reads = |pointer: u64, stream| ok(cuMemcpyDtoDAsync_v2(pointer + 4, pointer, 4, stream));
+    let fills = |pointer: u64, stream| ok(cuMemsetD32Async(pointer, 1, 2, stream));
+    let runs = |pointer: u64, stream| fill(pointer, 2, 1, stream);
+    let frees = |pointer: u64, stream| ok(cuMemFreeAsync(pointer, stream));
+    let uses: [&dyn Fn(u64, usize); 4] = [&reads, &fills, &runs, &frees];
+    for used in uses {
+        // Another stream that does not wait.
+        let context = Context::new(0);
+        let (first, second) = (stream(), stream());
+        let pointer = made(|pointer| cuMemAllocAsync(pointer, 8, first));
+        used(pointer, second);
+        fails(cuStreamSynchronize(second), ILLEGAL_ADDRESS, "used before its allocation in stream order");
+        drop(context);
+        // The same stream; another one that waits; all of them after the host has waited.
+        let _context = Context::new(0);
+        let (first, second) = (stream(), stream());
+        used(made(|pointer| cuMemAllocAsync(pointer, 8, first)), first);
+        let pointer = made(|pointer| cuMemAllocAsync(pointer, 8, first));
+        let event = made(|event| cuEventCreate(event, 0));
+        ok(cuEventRecord(event, first));
+        ok(cuStreamWaitEvent(second, event, 0));
+        used(pointer, second);
+        ok(cuStreamSynchronize(second));
+        let pointer = made(|pointer| cuMemAllocAsync(pointer, 8, first));
+        ok(cuStreamSynchronize(first));
+        used(pointer, second);
+        ok(cuStreamSynchronize(second));
+    }
+}
+
+#[test]
+fn kernels_reach_other_devices_with_peer_access_only() {
+    let (one, zero) = (Context::new(1), Context::new(0));
+    one.bind();
+    let far = alloc(4);
+    let failing = Context::new(0);
+    let near = alloc(4);
+    fill(near, 4, 1, 0);
+    fill(far, 4, 1, 0);
+    fails(
+        cuCtxSynchronize(),
+        ILLEGAL_ADDRESS,
+        "memory of device 1 accessed by a kernel on device 0 without peer access",
+    );
+    drop(failing);
+    // The kernel's own device, then its peer, by one kernel: then not any more.
+    one.bind();
+    fill(far, 4, 2, 0);
+    ok(cuCtxSynchronize());
+    zero.bind();
+    ok(cuCtxEnablePeerAccess(one.0, 0));
+    fill(far, 4, 3, 0);
+    ok(cuCtxSynchronize());
+    assert_eq!(read(far, 4), [3; 4]);
+    ok(cuCtxDisablePeerAccess(one.0));
+    fill(far, 4, 4, 0);
+    fails(cuCtxSynchronize(), ILLEGAL_ADDRESS, "without peer access");
+    one.bind();
+    assert_eq!(read(far, 4), [3; 4]);
+}
+
+#[test]
 fn devices_copy_to_each_other() {
     let (zero, one) = (Context::new(0), Context::new(1));
     let to = alloc(2);

@@ -104,6 +104,12 @@ fn doubles_to_others() {
         ("cvt.rzi.s64.f64 %l, %da;", |x| {
             Out::L(if x.d(0).is_nan() { 1 << 63 } else { x.d(0) as i64 as u64 })
         }),
+        ("cvt.rzi.s32.f64 %r, %da;", |x| {
+            Out::R(if x.d(0).is_nan() { 1 << 31 } else { x.d(0) as i32 as u32 })
+        }),
+        ("cvt.rzi.u32.f64 %r, %da;", |x| Out::R(if x.d(0).is_nan() { 1 << 31 } else { x.d(0) as u32 })),
+        ("cvt.rzi.u64.f64 %l, %da;", |x| Out::L(if x.d(0).is_nan() { 1 << 63 } else { x.d(0) as u64 })),
+        ("cvt.rzi.u16.f64 %h, %da;", |x| Out::H(if x.d(0).is_nan() { 1 << 15 } else { x.d(0) as u16 })),
         ("cvt.rni.f64.f64 %d, %da;", |x| Out::D(x.d(0).round_ties_even())),
     ];
     check(cases, &doubles(600));
