@@ -8,6 +8,8 @@
 
 #[path = "cuda/architectures.rs"]
 mod architectures;
+#[path = "cuda/atomics.rs"]
+mod atomics;
 #[path = "cuda/faults.rs"]
 mod faults;
 #[path = "cuda/host.rs"]

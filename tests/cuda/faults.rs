@@ -8,7 +8,7 @@ use cuemu::launcher::{self, Sanitizer};
 use gradlens::backend::cuda::Sources;
 
 use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
-use super::{linear_faults, norm, stats};
+use super::{atomics, linear_faults, norm, stats};
 
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
@@ -30,7 +30,7 @@ pub const WRONG: &[&str] = &["instead of", "relative error", "other bytes under"
 
 /// All faults, each beside the test that must notice it.
 fn faults() -> impl Iterator<Item = &'static Fault> {
-    norm::FAULTS.iter().chain(stats::FAULTS).chain(linear_faults::FAULTS)
+    norm::FAULTS.iter().chain(stats::FAULTS).chain(atomics::FAULTS).chain(linear_faults::FAULTS)
 }
 
 /// Whether this process was started to run one test, under a sanitizer or with a fault.
@@ -141,6 +141,11 @@ fn in_stats() {
 }
 
 #[test]
+fn in_sums_by_atomics() {
+    all_are_noticed("sum.cu");
+}
+
+#[test]
 fn in_linear() {
     all_are_noticed("linear.cu");
 }
@@ -160,12 +165,13 @@ fn in_wrappers_of_instructions() {
 #[test]
 fn every_fault_has_its_place() {
     for fault in faults() {
-        Sources::embedded().with(fault.file, fault.from, fault.to).unwrap();
+        atomics::sources().with(fault.file, fault.from, fault.to).unwrap();
     }
 }
 
 /// Tests of kernels, which must be silent under both sanitizers.
 const CLEAN: &[&str] = &[
+    "atomics::sum",
     "norm::forward",
     "norm::backward",
     "stats::moments",
