@@ -109,6 +109,24 @@ pub const FAULTS: &[Fault] = &[
         build: Sanitizer::None,
         reports: &["wgmma was never waited for when the thread exits"],
     },
+    Fault {
+        name: "a wait that is given up",
+        file: "hopper.cuh",
+        from: "} while (!done);",
+        to: "} while (false);",
+        test: WGMMA,
+        build: Sanitizer::None,
+        reports: &["instead of", "other bytes under", "more arrivals than the count"],
+    },
+    Fault {
+        name: "missing wgmma.fence",
+        file: "linear_sm90.cu",
+        from: "wgmma_fence();",
+        to: "",
+        test: WGMMA,
+        build: Sanitizer::None,
+        reports: &["wgmma.fence"],
+    },
     // Operands.
     Fault {
         name: "lost .trans",
