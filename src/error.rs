@@ -21,6 +21,22 @@ pub enum Kind {
     Failed,
     /// The command line makes no sense: exit status 2.
     Usage,
+    /// Ctrl-C or a signal like it ended the job.
+    Interrupted {
+        /// Exit status: 130 after Ctrl-C.
+        exit_code: u8,
+    },
+}
+
+impl Kind {
+    /// The exit status of the process.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Interrupted { exit_code } => exit_code,
+        }
+    }
 }
 
 /// An error as the user reads it. Built in steps: `Error::new("…").at(path).expected(…).found(…).hint(…)`.
@@ -51,6 +67,11 @@ impl Error {
     /// The command line is wrong.
     pub fn usage(what: impl Into<String>) -> Self {
         Self::of(Kind::Usage, what.into())
+    }
+
+    /// Somebody asked the job to stop; who knows what was done adds it as [`found`](Self::found).
+    pub fn interrupted(exit_code: u8) -> Self {
+        Self::of(Kind::Interrupted { exit_code }, "interrupted".into())
     }
 
     fn of(kind: Kind, what: String) -> Self {
@@ -86,7 +107,7 @@ impl Error {
         self
     }
 
-    /// Whether the command line or the job is at fault.
+    /// What the process tells the shell.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use gradlens::cli::{Cli, Command};
-use gradlens::error::{Kind, Result};
+use gradlens::error::Result;
 use gradlens::output::{Log, folder};
 use gradlens::plan::Plan;
 use gradlens::run;
@@ -18,10 +18,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // `eprintln!` would panic where nobody reads stderr any more.
             let _ = writeln!(io::stderr(), "error: {error}");
-            match error.kind() {
-                Kind::Failed => ExitCode::from(1),
-                Kind::Usage => ExitCode::from(2),
-            }
+            ExitCode::from(error.kind().exit_code())
         }
     }
 }
