@@ -107,6 +107,11 @@ impl Error {
         self
     }
 
+    /// What went wrong, in one line.
+    pub fn what(&self) -> &str {
+        &self.0.what
+    }
+
     /// What the process tells the shell.
     pub fn kind(&self) -> Kind {
         self.0.kind

@@ -3,7 +3,7 @@
 //! One forward and one backward pass over a corpus serve every layer. The modules are listed in the order
 //! in which a run passes through them; imports point one way:
 //!
-//! `error ← interrupt ← model ← {hub, source, weights, backend} ← stats ← engine ← transform ← output ← plan ← run ← main`
+//! `{error, units} ← interrupt ← model ← {hub, source, weights, backend} ← stats ← engine ← transform ← output ← plan ← run ← main`
 //!
 //! (`cli` is read by `main` and `plan` only.) Each stage defines its own small input struct; `plan` fills
 //! them and `run` passes them on, so no stage sees another's insides. A test holds this order.
@@ -24,10 +24,13 @@
 //! Losses are in nats. Sizes in bytes say `_bytes`, times `_s` or `_ms`.
 
 pub mod error;
+pub mod units;
+
 pub mod interrupt;
 pub mod model;
 
 pub mod backend;
+pub mod hub;
 pub mod source;
 pub mod weights;
 

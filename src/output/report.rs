@@ -1,5 +1,7 @@
 //! The table on stdout at the end of a run: one line per layer.
 
+pub use crate::units::{size, thousands};
+
 /// Columns of a terminal that the table never exceeds.
 const WIDTH: usize = 100;
 
@@ -110,31 +112,6 @@ pub fn significant(number: f64) -> String {
         4 | 5 => format!("{number:.0}"),
         _ => scientific,
     }
-}
-
-/// A count with separators: `494,032,768`.
-pub fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A size, in the largest binary unit of which there is at least one: `5.2 GiB`.
-pub fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut size = bytes as f64;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < UNITS.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{size:.1} {}", UNITS[unit]) }
 }
 
 #[cfg(test)]
