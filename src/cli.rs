@@ -29,6 +29,16 @@ pub enum Command {
     Demo(DemoArgs),
 }
 
+impl Command {
+    /// `--quiet`.
+    pub fn quiet(&self) -> bool {
+        match self {
+            Self::Layer(args) => args.quiet,
+            Self::Demo(args) => args.quiet,
+        }
+    }
+}
+
 /// `gradlens layer`.
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case")]
@@ -107,6 +117,10 @@ pub struct LayerArgs {
     #[arg(long, help_heading = "Output")]
     pub dry_run: bool,
 
+    /// No progress on stderr; warnings, errors and results stay
+    #[arg(long, help_heading = "Output")]
+    pub quiet: bool,
+
     /// Where to compute: `auto` or `cpu`
     #[arg(long, default_value = "auto", help_heading = "Machine")]
     pub device: String,
@@ -143,6 +157,10 @@ pub struct DemoArgs {
     /// CPU threads; all cores if left out
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+
+    /// No progress on stderr; warnings, errors and results stay
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// `--aggregate_by`.

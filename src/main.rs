@@ -6,13 +6,14 @@ use std::process::ExitCode;
 use clap::Parser;
 use gradlens::cli::{Cli, Command};
 use gradlens::error::Result;
+use gradlens::interrupt::Interrupt;
 use gradlens::output::{Log, folder};
 use gradlens::plan::Plan;
 use gradlens::run;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let log = Log::new();
+    let log = if cli.command.quiet() { Log::quiet() } else { Log::new() };
     match job(&cli.command, &log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -26,9 +27,10 @@ fn main() -> ExitCode {
 fn job(command: &Command, log: &Log) -> Result<()> {
     // First of all: the local time zone can be told only while there is one thread.
     let timestamp = folder::now();
+    let interrupt = Interrupt::on_signals()?;
     let plan = match command {
         Command::Layer(args) => Plan::layer(args, timestamp)?,
         Command::Demo(args) => Plan::demo(args, timestamp)?,
     };
-    run::run(&plan, log)
+    run::run(&plan, log, &interrupt)
 }

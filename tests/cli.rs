@@ -3,6 +3,8 @@
 //! * `help`: what the program says about itself and about a plan
 //! * `results`: which files a run writes and what is in them
 //! * `same_bytes`: what must not change a result, and what must
+//! * `screen`: what is printed, and what is kept for the file alone
+//! * `interrupt`: Ctrl-C and `kill`
 //! * `bad_flags`, `bad_model`, `bad_texts`: every wrong input, its message, and that nothing stays behind
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +20,12 @@ mod dir;
 mod files;
 #[path = "cli/help.rs"]
 mod help;
+#[cfg(unix)]
+#[path = "cli/interrupt.rs"]
+mod interrupt;
 #[path = "cli/results.rs"]
 mod results;
 #[path = "cli/same_bytes.rs"]
 mod same_bytes;
+#[path = "cli/screen.rs"]
+mod screen;

@@ -15,7 +15,8 @@ use common::{Random, random_weights, relative_l2, tensor, tiny_config, tolerance
 use gradlens::backend::Chunk;
 use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::engine::{Engine, EngineSpec, LossReduction, Model};
-use gradlens::error::Result;
+use gradlens::error::{Kind, Result};
+use gradlens::interrupt::Interrupt;
 use gradlens::model::arch::ARCHITECTURES;
 use gradlens::model::op::{Op, Site, Slot, Weight};
 use gradlens::model::{Config, Dtype, Spec, Tensor, WeightSpec, describe};
@@ -309,5 +310,39 @@ fn the_way_of_working_shows_nowhere() {
                 assert!(shown.gradient(layer) == expected.gradient(layer), "{model_type} layer {layer}");
             }
         }
+    }
+}
+
+/// Asks to stop when it is shown the `left`-th chunk.
+struct Stops {
+    interrupt: Interrupt,
+    left: usize,
+}
+
+impl Sink<Cpu<f64>> for Stops {
+    fn push(&mut self, _: &Cpu<f64>, _: Tap, _: &Chunk, _: &Buf<f64>) -> Result<()> {
+        assert!(!self.interrupt.requested(), "a chunk more is worked on");
+        self.left -= 1;
+        if self.left == 0 {
+            self.interrupt.request();
+        }
+        Ok(())
+    }
+}
+
+/// On either way, in every layer: the chunk at work is the last one.
+#[test]
+fn an_interruption_stops_between_chunks() {
+    let model = Movable::new(CASES[0].model_type, CASES[0].keys);
+    let cpu = Cpu::<f64>::new();
+    let loaded = Model::load(&cpu, model.spec.clone(), &model.tensors).unwrap();
+    // A chunk for each sample, in three layers, forward and backward; after the last one nothing is left to stop.
+    let chunks = LENGTHS.len() * 3 * 2;
+    for left in 1..chunks {
+        let interrupt = Interrupt::new();
+        let spec = EngineSpec { chunk_tokens: 1, ..all_layers() };
+        let mut engine = Engine::new(&cpu, &loaded, spec).interruptible(interrupt.clone());
+        let error = engine.run(&pass(), &mut Stops { interrupt, left }).unwrap_err();
+        assert_eq!(error.kind(), Kind::Interrupted { exit_code: 130 }, "chunk {left}");
     }
 }

@@ -6,6 +6,7 @@ use super::forward::Keep;
 use super::{Model, State, backward, forward};
 use crate::backend::{Backend, Chunk};
 use crate::error::Result;
+use crate::interrupt::Interrupt;
 use crate::model::op::{Block, Site};
 use crate::source::Pass;
 use crate::stats::{Direction, Sink, Tap};
@@ -81,6 +82,7 @@ pub struct Engine<'a, B: Backend> {
     model: &'a Model<B>,
     spec: EngineSpec,
     totals: Totals,
+    interrupt: Interrupt,
 }
 
 /// One chunk's way through a pass.
@@ -96,7 +98,13 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// An engine for `model`.
     pub fn new(backend: &'a B, model: &'a Model<B>, spec: EngineSpec) -> Self {
         let totals = Totals { layer_s: vec![0.0; model.spec.blocks.len()], ..Totals::default() };
-        Self { backend, model, spec, totals }
+        Self { backend, model, spec, totals, interrupt: Interrupt::new() }
+    }
+
+    /// With `interrupt`, which is looked at before each chunk of each layer.
+    pub fn interruptible(mut self, interrupt: Interrupt) -> Self {
+        self.interrupt = interrupt;
+        self
     }
 
     /// What has been added up so far.
@@ -108,7 +116,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// is shown to `sink`.
     ///
     /// # Errors
-    /// Whatever the sink refuses (a NaN). Sums are then incomplete.
+    /// Whatever the sink refuses (a NaN), and an interruption. Sums are then incomplete.
     pub fn run(&mut self, pass: &Pass, sink: &mut dyn Sink<B>) -> Result<()> {
         let (Some(&first), Some(&last)) = (self.spec.layers.first(), self.spec.layers.last()) else {
             return Ok(());
@@ -233,6 +241,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             let end = block.last_saved().map_or(0, |op| op + 1);
             self.forward(rope, block, end, &stream.chunk, Keep::For(0), &mut state, None)?;
         }
+        self.interrupt.check()?;
         state.grads[block.output.0] = stream.residual.take();
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };
         let (backend, model, chunk) = (self.backend, self.model, &stream.chunk);
@@ -254,6 +263,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         state: &mut State<B>,
         show: Option<(Tap, &mut dyn Sink<B>)>,
     ) -> Result<()> {
+        self.interrupt.check()?;
         let mut show = show;
         forward(
             self.backend,

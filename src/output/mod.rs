@@ -9,6 +9,7 @@ pub mod log;
 pub mod npy;
 pub mod npz;
 pub mod pickle;
+pub mod progress;
 pub mod python;
 pub mod report;
 pub mod target;
@@ -17,6 +18,7 @@ pub mod timing;
 pub use folder::FolderName;
 pub use log::Log;
 pub use npy::Array;
+pub use progress::{Bar, Unit};
 pub use target::{Delivered, OutputSpec, Target};
 pub use timing::Timing;
 
@@ -59,8 +61,8 @@ pub struct RunRecord<'a> {
     pub extra: serde_json::Map<String, serde_json::Value>,
     /// The arrays users asked for, from [`crate::transform::render`], layer after layer.
     pub rendered: Vec<Rendered>,
-    /// What goes into `statistics.npz`: `layer_{i}.{site}.{values|gradients}.{sum|sum_abs|sum_sq|max_abs}`, float64,
-    /// `[D]`, and `….count`, an int64 scalar.
+    /// What goes into `statistics.npz`: `layer_{i}.{site}.{values|gradients}.{sum|sum_abs|sum_sq|max_abs}` and
+    /// `….sum_abs_position_0`, float64, `[D]`, and `….count`, an int64 scalar.
     pub statistics: Vec<(String, Array<'a>)>,
     /// Where the time went.
     pub timing: Timing,

@@ -4,6 +4,8 @@ pub use crate::units::{size, thousands};
 
 /// Columns of a terminal that the table never exceeds.
 const WIDTH: usize = 100;
+/// Rows of the table that fit one screen with what is said around it.
+const ROWS: usize = 28;
 
 /// One line of the table.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +20,8 @@ pub struct LayerSummary {
     pub mean_abs: f64,
     /// The largest |v| of any token and dimension.
     pub max_abs: f64,
+    /// Which part of Σ|v| position 0 holds.
+    pub position_0_share: f64,
     /// (dimension, value), largest |value| first.
     pub top: Vec<(usize, f64)>,
 }
@@ -31,6 +35,7 @@ impl LayerSummary {
         mean: &[f64],
         mean_abs: &[f64],
         max_abs: &[f64],
+        position_0_share: f64,
         ranked: &[f32],
         count: usize,
     ) -> Self {
@@ -41,6 +46,7 @@ impl LayerSummary {
             mean: average(mean),
             mean_abs: average(mean_abs),
             max_abs: max_abs.iter().copied().fold(0.0, f64::max),
+            position_0_share,
             top: top(ranked, count),
         }
     }
@@ -56,18 +62,20 @@ pub fn top(values: &[f32], count: usize) -> Vec<(usize, f64)> {
 
 /// The table. `quantity` names what the numbers are, as in `gradients of the loss at mlp (nats per unit)`.
 ///
-/// Columns: layer, tokens, mean, mean|.|, max|.|, then as many `dimension:value` as fit in 100 columns.
+/// Columns: layer, tokens, mean, mean|.|, max|.|, position 0's share, then as many `dimension:value` as fit in 100
+/// columns.
 pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
-    let cells: Vec<[String; 5]> = rows
+    let cells: Vec<[String; 6]> = rows
         .iter()
         .map(|row| {
             let numbers = [row.mean, row.mean_abs, row.max_abs].map(significant);
             let [mean, mean_abs, max_abs] = numbers;
-            [row.layer.to_string(), row.tokens.to_string(), mean, mean_abs, max_abs]
+            let share = format!("{:.1}%", 100.0 * row.position_0_share);
+            [row.layer.to_string(), row.tokens.to_string(), mean, mean_abs, max_abs, share]
         })
         .collect();
-    let titles = ["layer", "tokens", "mean", "mean|.|", "max|.|"];
-    let widths: [usize; 5] = std::array::from_fn(|column| {
+    let titles = ["layer", "tokens", "mean", "mean|.|", "max|.|", "pos 0"];
+    let widths: [usize; 6] = std::array::from_fn(|column| {
         cells.iter().map(|cells| cells[column].len()).chain([titles[column].len()]).max().unwrap_or(0)
     });
 
@@ -89,7 +97,24 @@ pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
     text
 }
 
-fn aligned(cells: &[String; 5], widths: &[usize; 5]) -> String {
+/// The rows that fit one screen, evenly spaced, the first and the last among them; and how far they are apart.
+pub fn on_one_screen(rows: &[LayerSummary]) -> (Vec<LayerSummary>, usize) {
+    let last = rows.len().saturating_sub(1);
+    let step = last.div_ceil(ROWS - 1).max(1);
+    let shown = (0..rows.len()).filter(|index| index % step == 0 || *index == last);
+    (shown.map(|index| rows[index].clone()).collect(), step)
+}
+
+/// A stride in words: `every 3rd`.
+pub fn every(step: usize) -> String {
+    match step {
+        2 => "every 2nd".into(),
+        3 => "every 3rd".into(),
+        _ => format!("every {step}th"),
+    }
+}
+
+fn aligned(cells: &[String; 6], widths: &[usize; 6]) -> String {
     cells.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}")).collect::<Vec<_>>().join("  ")
 }
 
@@ -139,14 +164,15 @@ mod tests {
 
     #[test]
     fn the_table_is_pinned() {
-        let first = LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], &[0.5, -1.5], 5);
+        let first =
+            LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], 0.123, &[0.5, -1.5], 5);
         let last = LayerSummary { layer: 79, tokens: 12_345_678, ..first.clone() };
         assert_eq!(
             table("values at mlp", &[first, last]),
             "values at mlp\n\
-             layer    tokens     mean  mean|.|  max|.|  largest |v| as dimension:value\n    \
-             0      4096  -0.5000    1.125   7.000  1:-1.500  0:0.5000\n   \
-             79  12345678  -0.5000    1.125   7.000  1:-1.500  0:0.5000\n"
+             layer    tokens     mean  mean|.|  max|.|  pos 0  largest |v| as dimension:value\n    \
+             0      4096  -0.5000    1.125   7.000  12.3%  1:-1.500  0:0.5000\n   \
+             79  12345678  -0.5000    1.125   7.000  12.3%  1:-1.500  0:0.5000\n"
         );
     }
 
@@ -158,12 +184,35 @@ mod tests {
             mean: -1.234e-10,
             mean_abs: 1.234e-10,
             max_abs: 1.234e-10,
+            position_0_share: 1.0,
             top: vec![(65_535, -1.234e-10); 9],
         };
         let text = table("gradients", &vec![row; 80]);
         assert_eq!(text.lines().count(), 82);
         assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
         assert!(text.contains("65535:-1.234e-10"));
+    }
+
+    #[test]
+    fn a_screen_takes_evenly_spaced_rows() {
+        let row = LayerSummary::new(0, 1, &[1.0], &[1.0], &[1.0], 0.0, &[1.0], 1);
+        let shown = |count: usize| {
+            let rows: Vec<_> = (0..count).map(|layer| LayerSummary { layer, ..row.clone() }).collect();
+            let (shown, step) = on_one_screen(&rows);
+            (shown.iter().map(|row| row.layer).collect::<Vec<_>>(), step)
+        };
+        assert_eq!(shown(0), (vec![], 1));
+        for count in 1..=28 {
+            assert_eq!(shown(count), ((0..count).collect(), 1));
+        }
+        assert_eq!(shown(32), ((0..32).step_by(2).chain([31]).collect(), 2));
+        assert_eq!(shown(80), ((0..80).step_by(3).chain([79]).collect(), 3));
+        for count in 29..300 {
+            let (layers, step) = shown(count);
+            assert!(layers.len() <= ROWS && layers.len() > ROWS / 2, "{count}: {layers:?}");
+            assert_eq!((layers[0], layers[layers.len() - 1], layers[1]), (0, count - 1, step));
+        }
+        assert_eq!([2, 3, 4].map(every), ["every 2nd", "every 3rd", "every 4th"]);
     }
 
     #[test]

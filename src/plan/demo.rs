@@ -1,5 +1,14 @@
 //! The demo's model, tokenizer and corpus, embedded so that `gradlens demo` works wherever the program does.
 
+use super::{Files, Plan};
+
+impl Plan {
+    /// Whether this is the plan of `gradlens demo`, which explains more than other runs do.
+    pub fn is_demo(&self) -> bool {
+        matches!(self.files, Files::Embedded(_))
+    }
+}
+
 /// A checkpoint and a corpus inside the program.
 #[derive(Clone, Copy, Debug)]
 pub struct Embedded {

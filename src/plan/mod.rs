@@ -111,6 +111,7 @@ impl Plan {
             output_dir: args.output_dir.clone(),
             save_consolidated: None,
             dry_run: false,
+            quiet: args.quiet,
             device: "cpu".into(),
             dtype: DtypeArg::Float32,
             threads: args.threads,

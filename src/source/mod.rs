@@ -10,7 +10,9 @@ mod pack;
 mod rebuild;
 mod text;
 mod tokens;
+mod wait;
 
 pub use pack::{Pass, PassSpec, Passes, SourceCounts};
 pub use text::{TextCounts, TextSpec, Texts, nothing_kept};
 pub use tokens::{Sample, Tokens};
+pub use wait::count;

@@ -1,11 +1,16 @@
 //! Samples → ragged passes, made ahead of their use on a thread of their own.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use super::text::{TextCounts, Texts};
 use super::tokens::{Sample, Tokens, message};
+use super::wait::wait;
 use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
 
 /// N tokens of B whole samples, ragged, in corpus order. Samples without tokens are left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,6 +60,8 @@ pub struct SourceCounts {
     pub one_token: u64,
     /// Kept texts without any token: no pass holds them.
     pub no_token: u64,
+    /// Whether all texts have been read: the counts of texts are final.
+    pub all_read: bool,
 }
 
 /// Texts tokenised at once at most, so that all threads have work.
@@ -63,13 +70,18 @@ const BLOCK_TEXTS: usize = 512;
 const BLOCK_BYTES: usize = 4 << 20;
 /// Passes that wait for the consumer.
 const PASSES_AHEAD: usize = 2;
+/// How long a drop waits for the thread: one that computes ends soon; one that hangs in a read may never.
+const PATIENCE: Duration = Duration::from_millis(500);
 
-/// The passes of a dataset. Dropping it ends its thread.
+/// The passes of a dataset. Dropping it ends its thread, or leaves it to itself where it hangs in a read.
 pub struct Passes {
     /// `None` once all came.
     made: Option<Receiver<Made>>,
     thread: Option<JoinHandle<()>>,
     counts: SourceCounts,
+    interrupt: Interrupt,
+    /// Tells the thread that nobody wants more.
+    unwanted: Arc<AtomicBool>,
 }
 
 enum Made {
@@ -92,24 +104,34 @@ impl Passes {
         E: Fn(&[String]) -> Result<Vec<Sample>> + Send + 'static,
     {
         let (sender, made) = sync_channel(PASSES_AHEAD);
+        let unwanted = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&unwanted);
         let maker = move || {
             let mut packer = Packer::new(spec, sender.clone());
             // Where nobody listens any more there is nobody to tell.
-            let _ = match make(texts, encode, &mut packer) {
+            let _ = match make(texts, encode, &mut packer, &stop) {
                 Ok(Ok(())) => sender.send(Made::End(Ok(packer.counts))),
                 Ok(Err(error)) => sender.send(Made::End(Err(error))),
                 Err(Unwanted) => Ok(()),
             };
         };
-        match std::thread::Builder::new().name("source".into()).spawn(maker) {
-            Ok(thread) => Self { made: Some(made), thread: Some(thread), counts: SourceCounts::default() },
+        let (made, thread) = match std::thread::Builder::new().name("source".into()).spawn(maker) {
+            Ok(thread) => (made, Some(thread)),
             Err(cause) => {
                 let (sender, made) = sync_channel(1);
                 let error = Error::new("cannot start a thread to read the dataset").found(cause);
                 let _ = sender.send(Made::End(Err(error)));
-                Self { made: Some(made), thread: None, counts: SourceCounts::default() }
+                (made, None)
             }
-        }
+        };
+        let (counts, interrupt) = (SourceCounts::default(), Interrupt::new());
+        Self { made: Some(made), thread, counts, interrupt, unwanted }
+    }
+
+    /// With `interrupt`, upon which the wait for the next pass ends with an error.
+    pub fn interruptible(mut self, interrupt: Interrupt) -> Self {
+        self.interrupt = interrupt;
+        self
     }
 
     /// What was read when the latest pass was complete (reading is ahead of the passes); final after the last.
@@ -122,18 +144,18 @@ impl Iterator for Passes {
     type Item = Result<Pass>;
 
     fn next(&mut self) -> Option<Result<Pass>> {
-        let next = match self.made.as_ref()?.recv() {
-            Ok(Made::Pass(pass, counts)) => {
+        let next = match wait(self.made.as_ref()?, &self.interrupt) {
+            Ok(Some(Made::Pass(pass, counts))) => {
                 self.counts = counts;
                 return Some(Ok(pass));
             }
-            Ok(Made::End(Ok(counts))) => {
+            Ok(Some(Made::End(Ok(counts)))) => {
                 self.counts = counts;
                 None
             }
-            Ok(Made::End(Err(error))) => Some(Err(error)),
+            Ok(Some(Made::End(Err(error)))) | Err(error) => Some(Err(error)),
             // The thread went without a word: it panicked.
-            Err(_) => {
+            Ok(None) => {
                 let cause = self.thread.take().map(JoinHandle::join);
                 let cause = match cause {
                     Some(Err(panic)) => message(panic.as_ref()),
@@ -153,6 +175,14 @@ impl Drop for Passes {
     fn drop(&mut self) {
         // Without a receiver the thread's next send fails, and it ends.
         self.made = None;
+        self.unwanted.store(true, Ordering::Relaxed);
+        let dropped = Instant::now();
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            if dropped.elapsed() > PATIENCE {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if let Some(thread) = self.thread.take() {
             // If it panicked, the panic has printed itself, and the passes it made are whole.
             let _ = thread.join();
@@ -160,8 +190,13 @@ impl Drop for Passes {
     }
 }
 
-/// Reads, tokenises and packs everything.
-fn make<E>(mut texts: Texts, encode: E, packer: &mut Packer) -> Result<Result<()>, Unwanted>
+/// Reads, tokenises and packs everything, until it is `unwanted`.
+fn make<E>(
+    mut texts: Texts,
+    encode: E,
+    packer: &mut Packer,
+    unwanted: &AtomicBool,
+) -> Result<Result<()>, Unwanted>
 where
     E: Fn(&[String]) -> Result<Vec<Sample>>,
 {
@@ -171,6 +206,9 @@ where
         let mut bytes = 0;
         let mut failed = None;
         while block.len() < BLOCK_TEXTS && bytes < BLOCK_BYTES {
+            if unwanted.load(Ordering::Relaxed) {
+                return Err(Unwanted);
+            }
             match texts.next() {
                 Some(Ok(text)) => {
                     bytes += text.len();
@@ -180,7 +218,10 @@ where
                     failed = Some(error);
                     break;
                 }
-                None => break,
+                None => {
+                    packer.counts.all_read = true;
+                    break;
+                }
             }
         }
         packer.counts.texts = texts.counts();

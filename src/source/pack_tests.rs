@@ -132,6 +132,48 @@ fn it_ends_though_nothing_was_taken() {
     assert!(alive.upgrade().is_none());
 }
 
+/// A thread that hangs, here in its tokenizer as it may in a read, holds up neither a request to stop nor the drop.
+#[test]
+fn a_request_to_stop_ends_the_wait_for_a_pass() {
+    let (_sender, never) = std::sync::mpsc::channel::<()>();
+    let hangs = move |_: &[String]| -> Result<Vec<Sample>> {
+        let _ = never.recv();
+        Ok(Vec::new())
+    };
+    let interrupt = Interrupt::new();
+    let passes = Passes::with(texts("1\n", 1), hangs, PassSpec { tokens_per_pass: 5, batch_size: 1 });
+    let mut passes = passes.interruptible(interrupt.clone());
+    let waiting = std::thread::spawn(move || {
+        let next = passes.next();
+        drop(passes);
+        next
+    });
+    std::thread::sleep(PATIENCE / 4);
+    assert!(!waiting.is_finished());
+    let requested = Instant::now();
+    interrupt.request();
+    let error = waiting.join().unwrap().unwrap().unwrap_err();
+    assert_eq!(error.kind(), crate::error::Kind::Interrupted { exit_code: 130 });
+    assert!(requested.elapsed() < 4 * PATIENCE, "{:?}", requested.elapsed());
+}
+
+/// The progress bar's total: how many samples there are is known before the last of them is computed.
+#[test]
+fn passes_say_when_all_texts_are_read() {
+    let lengths = vec![8; 5 * BLOCK_TEXTS];
+    let spec = PassSpec { tokens_per_pass: 8 * BLOCK_TEXTS, batch_size: 1 };
+    let mut passes = Passes::with(texts(&lines(&lengths), usize::MAX), encode, spec);
+    let mut all_read = Vec::new();
+    while let Some(pass) = passes.next() {
+        pass.unwrap();
+        all_read.push(passes.counts().all_read);
+    }
+    assert_eq!(all_read, [false, false, false, false, true]);
+    assert_eq!(passes.counts().texts.kept, lengths.len() as u64);
+    let (_, counts) = packed(&[3, 4], 8, 1);
+    assert!(counts.all_read);
+}
+
 proptest! {
     #[test]
     fn nothing_is_lost_or_moved(

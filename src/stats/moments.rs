@@ -14,6 +14,10 @@ pub struct LayerMoments {
     pub values: Option<Moments>,
     /// Of the gradients; a sample with a single token has no loss and counts nowhere.
     pub gradients: Option<Moments>,
+    /// Of the values at position 0 of each counted sample alone.
+    pub values_at_0: Option<Moments>,
+    /// Of the gradients there.
+    pub gradients_at_0: Option<Moments>,
 }
 
 impl LayerMoments {
@@ -23,6 +27,22 @@ impl LayerMoments {
             Direction::Values => self.values.as_ref(),
             Direction::Gradients => self.gradients.as_ref(),
         }
+    }
+
+    /// The sums over position 0 of each counted sample, if they were collected.
+    pub fn at_0(&self, direction: Direction) -> Option<&Moments> {
+        match direction {
+            Direction::Values => self.values_at_0.as_ref(),
+            Direction::Gradients => self.gradients_at_0.as_ref(),
+        }
+    }
+
+    /// Which part of Σ|v|, over all dimensions and counted tokens, position 0 holds. Many models dump what they have
+    /// no use for on the first token: then one position per sample decides the mean.
+    pub fn position_0_share(&self, direction: Direction) -> Option<f64> {
+        let part = self.at_0(direction)?.sum_abs.iter().sum::<f64>();
+        let whole = self.get(direction)?.sum_abs.iter().sum::<f64>();
+        Some(if whole == 0.0 { 0.0 } else { part / whole })
     }
 }
 
@@ -48,14 +68,17 @@ impl MomentSink {
 impl<B: Backend> Sink<B> for MomentSink {
     fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
         let Some(layer) = self.layers.get_mut(&tap.layer) else { return Ok(()) };
-        let (into, shortest) = match tap.direction {
-            Direction::Values => (&mut layer.values, 1),
-            Direction::Gradients => (&mut layer.gradients, 2),
+        let (into, at_0, shortest) = match tap.direction {
+            Direction::Values => (&mut layer.values, &mut layer.values_at_0, 1),
+            Direction::Gradients => (&mut layer.gradients, &mut layer.gradients_at_0, 2),
         };
         let into = into.get_or_insert_with(|| Moments::new(self.width));
+        let at_0 = at_0.get_or_insert_with(|| Moments::new(self.width));
         let (indices, samples): (Vec<usize>, Vec<Range<usize>>) =
             chunk.samples().enumerate().filter(|(_, rows)| rows.len() >= shortest).unzip();
-        backend.moments(x, &samples, into).map_err(|bad| {
+        let firsts: Vec<Range<usize>> = samples.iter().map(|rows| rows.start..rows.start + 1).collect();
+        let sums = backend.moments(x, &samples, into).and_then(|()| backend.moments(x, &firsts, at_0));
+        sums.map_err(|bad| {
             let sample = chunk.indices[indices[bad.0]];
             Error::new(format!(
                 "not a finite number in the {} of the {} output",
@@ -67,5 +90,39 @@ impl<B: Backend> Sink<B> for MomentSink {
             .found("NaN or infinity")
             .hint("look for NaN in the checkpoint's weights, or an overflow of a half-precision checkpoint")
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::model::op::Site;
+
+    #[test]
+    fn position_0_is_counted_besides() {
+        let cpu = Cpu::<f64>::new();
+        let mut sink = MomentSink::new(&[3], 2);
+        // Samples of 2, 1 and 3 tokens.
+        let chunk = Chunk {
+            ids: vec![0; 6],
+            cu_seqlens: vec![0, 2, 3, 6],
+            indices: vec![0, 1, 2],
+            loss_scales: vec![0.0; 3],
+        };
+        let rows = [8.0, -8.0, 1.0, 0.0, 4.0, 4.0, -8.0, 8.0, 0.5, 0.5, 1.0, 1.0];
+        let x = cpu.from_slice(&rows, 2);
+        for direction in [Direction::Values, Direction::Gradients] {
+            sink.push(&cpu, Tap { layer: 3, site: Site::Mlp, direction }, &chunk, &x).unwrap();
+        }
+        let layer = &sink.layers()[&3];
+        let values = layer.at_0(Direction::Values).unwrap();
+        assert_eq!((values.sum_abs.as_slice(), values.count), ([20.0, 20.0].as_slice(), 3));
+        assert_eq!(layer.get(Direction::Values).unwrap().sum_abs, [22.5, 21.5]);
+        assert_eq!(layer.position_0_share(Direction::Values), Some(40.0 / 44.0));
+        // The sample of a single token has no gradient.
+        let gradients = layer.at_0(Direction::Gradients).unwrap();
+        assert_eq!((gradients.sum_abs.as_slice(), gradients.count), ([16.0, 16.0].as_slice(), 2));
+        assert_eq!(layer.position_0_share(Direction::Gradients), Some(32.0 / 36.0));
     }
 }

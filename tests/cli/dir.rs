@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -101,13 +101,19 @@ impl Dir {
         self.finish(command.args(args.split_whitespace()).env(variable, value))
     }
 
+    /// Starts the program; both streams are pipes.
+    pub fn start(&self, args: &str) -> Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
+        let command = self.prepare(command.args(args.split_whitespace()));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command.current_dir(self.root.path()).env_remove("RAYON_NUM_THREADS").env_remove("RUST_BACKTRACE")
+    }
+
     fn finish(&self, command: &mut Command) -> Run {
-        let output = command
-            .current_dir(self.root.path())
-            .env_remove("RAYON_NUM_THREADS")
-            .env_remove("RUST_BACKTRACE")
-            .output()
-            .unwrap();
+        let output = self.prepare(command).output().unwrap();
         Run {
             command: format!("{command:?}"),
             cwd: self.root.path().to_owned(),

@@ -6,7 +6,7 @@ use crate::dir::{Dir, LAYER};
 const FLAGS: &str = "--model_name --num_samples --batch_size --max_length --save_outputs --layers --device \
     --aggregate_by --aggregation_mode --power --normalize_gradients --normalize_mode --save_consolidated \
     --dataset --text_column --min_chars --loss_reduction --output_dir --dry_run --dtype --threads \
-    --tokens_per_pass --memory";
+    --tokens_per_pass --memory --quiet";
 
 #[test]
 fn help_names_the_commands() {
@@ -33,7 +33,7 @@ fn help_of_layer_explains_every_flag() {
         }
     }
     let run = dir.ok("demo --help");
-    for flag in ["--output_dir", "--num_samples", "--threads"] {
+    for flag in ["--output_dir", "--num_samples", "--threads", "--quiet"] {
         run.out(flag);
     }
     assert!(dir.listing().is_empty());

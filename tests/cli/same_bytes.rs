@@ -83,7 +83,7 @@ fn values_are_the_same_beside_gradients() {
     };
     let (mut alone, mut beside) = (archive("values"), archive("gradients"));
     for layer in 0..3 {
-        for sums in ["sum", "sum_abs", "sum_sq", "max_abs"] {
+        for sums in ["sum", "sum_abs", "sum_sq", "max_abs", "sum_abs_position_0"] {
             let key = format!("layer_{layer}.mlp.values.{sums}");
             assert_eq!(alone.f64(&key), beside.f64(&key), "{key}");
         }
