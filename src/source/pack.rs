@@ -3,8 +3,9 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use super::panics::message;
 use super::text::{TextCounts, Texts};
-use super::tokens::{Sample, Tokens, message};
+use super::tokens::{Sample, Tokens};
 use crate::error::{Error, Result};
 
 /// N tokens of B whole samples, ragged, in corpus order. Samples without tokens are left out.
