@@ -6,17 +6,29 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor};
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use flate2::bufread::MultiGzDecoder;
 
+use super::pages::Input;
 use crate::error::{Context, Error, Result};
 
 /// The kinds of file we read, as error messages list them.
-pub(super) const KINDS: &str = ".jsonl, .ndjson, .json or .txt, each also with .gz, or a folder of these";
+pub(super) const KINDS: &str =
+    ".parquet, .jsonl, .ndjson, .json or .txt, the last four also with .gz, or a folder of these";
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// How the bytes of a file divide into texts.
+/// How the texts of a file are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
+    /// In a stream of bytes.
+    Stream(Shape),
+    /// In one column of a table.
+    Parquet,
+}
+
+/// How a stream of bytes divides into texts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
     /// One JSON value per line.
     JsonLines,
     /// One JSON array, or JSON values one after the other.
@@ -28,7 +40,7 @@ pub(super) enum Format {
 /// One file of the dataset, not yet open.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
-    /// What errors call it: its path.
+    /// What errors call it: its path, or the dataset that it is from and its path there.
     pub name: String,
     pub format: Format,
     gzip: bool,
@@ -39,24 +51,56 @@ pub(super) struct Part {
 enum Place {
     Disk(PathBuf),
     Memory(Cow<'static, [u8]>),
+    /// Not on this machine yet.
+    Elsewhere,
 }
 
 impl Part {
     /// A part that is in memory already; its `name` says the format.
     pub fn in_memory(name: &str, bytes: Cow<'static, [u8]>) -> Result<Self> {
+        Self::at(name, Place::Memory(bytes))
+    }
+
+    /// The file `file` of the dataset `dataset`, which is still to be brought here.
+    pub fn elsewhere(dataset: &str, file: &str) -> Result<Self> {
+        Self::at(&format!("{dataset}: {file}"), Place::Elsewhere)
+    }
+
+    fn at(name: &str, place: Place) -> Result<Self> {
         let (format, gzip) = kind_of(name).ok_or_else(|| unknown_kind(name))?;
-        Ok(Self { name: name.to_owned(), format, gzip, place: Place::Memory(bytes) })
+        Ok(Self { name: name.to_owned(), format, gzip, place })
+    }
+
+    /// The same part, which now is at `path`; the path's own ending does not matter.
+    pub fn arrived(self, path: PathBuf) -> Self {
+        Self { place: Place::Disk(path), ..self }
+    }
+
+    fn file(&self, path: &Path) -> Result<File> {
+        File::open(path).map_err(|cause| Error::new("cannot open the dataset").at(&self.name).found(cause))
+    }
+
+    fn absent(&self) -> Error {
+        Error::new("cannot open the dataset").at(&self.name).found("a file that was not fetched")
+    }
+
+    /// The part as it is stored, to be read here and there.
+    pub fn input(&self) -> Result<Input> {
+        Ok(match &self.place {
+            Place::Disk(path) => Input::Disk(self.file(path)?),
+            Place::Memory(Cow::Borrowed(bytes)) => Input::Memory(Bytes::from_static(bytes)),
+            Place::Memory(Cow::Owned(bytes)) => Input::Memory(Bytes::from(bytes.clone())),
+            Place::Elsewhere => return Err(self.absent()),
+        })
     }
 
     /// The part's bytes, unpacked.
     pub fn open(&self) -> Result<Box<dyn BufRead + Send>> {
         let raw: Box<dyn BufRead + Send> = match &self.place {
-            Place::Disk(path) => {
-                let file = File::open(path).context_path("cannot open the dataset", path)?;
-                Box::new(BufReader::with_capacity(BUFFER_BYTES, file))
-            }
+            Place::Disk(path) => Box::new(BufReader::with_capacity(BUFFER_BYTES, self.file(path)?)),
             Place::Memory(Cow::Borrowed(bytes)) => Box::new(*bytes),
             Place::Memory(Cow::Owned(bytes)) => Box::new(Cursor::new(bytes.clone())),
+            Place::Elsewhere => return Err(self.absent()),
         };
         let mut bytes: Box<dyn BufRead + Send> = match self.gzip {
             true => Box::new(BufReader::with_capacity(BUFFER_BYTES, MultiGzDecoder::new(raw))),
@@ -94,8 +138,7 @@ pub(super) fn parts(dataset: &Path) -> Result<Vec<Part>> {
     })?;
     if !found.is_dir() {
         let name = dataset.display().to_string();
-        let (format, gzip) = kind_of(&name).ok_or_else(|| unknown_kind(&name))?;
-        return Ok(vec![Part { name, format, gzip, place: Place::Disk(dataset.to_owned()) }]);
+        return Ok(vec![Part::at(&name, Place::Disk(dataset.to_owned()))?]);
     }
     let mut parts = Vec::new();
     let mut others = Vec::new();
@@ -111,10 +154,7 @@ pub(super) fn parts(dataset: &Path) -> Result<Vec<Part>> {
         }
     }
     if parts.is_empty() {
-        others.sort_by(|a, b| natural(a, b));
-        let more = if others.len() > 8 { ", …" } else { "" };
-        others.truncate(8);
-        let found = if others.is_empty() { "an empty folder".into() } else { others.join(", ") + more };
+        let found = if others.is_empty() { "an empty folder".into() } else { some_of(others) };
         return Err(Error::new("the dataset's folder has no file that can be read")
             .at_path(dataset)
             .expected(format!("files {KINDS}"))
@@ -125,8 +165,17 @@ pub(super) fn parts(dataset: &Path) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-const CONVERT: &str =
-    "other formats: datasets.load_dataset(…, split=\"train\").to_json(\"corpus.jsonl\") in Python";
+/// What to do about a format that is not read.
+pub(super) const CONVERT: &str =
+    "other formats: datasets.load_dataset(…, split=\"train\").to_parquet(\"corpus.parquet\") in Python";
+
+/// The first eight names in natural order.
+pub(super) fn some_of(mut names: Vec<String>) -> String {
+    names.sort_by(|a, b| natural(a, b));
+    let more = if names.len() > 8 { ", …" } else { "" };
+    names.truncate(8);
+    names.join(", ") + more
+}
 
 fn unknown_kind(name: &str) -> Error {
     let file = Path::new(name).file_name().map_or_else(|| name.into(), |file| file.to_string_lossy());
@@ -138,20 +187,22 @@ fn unknown_kind(name: &str) -> Error {
 }
 
 /// The format that a file's name announces, and whether it is packed.
-fn kind_of(name: &str) -> Option<(Format, bool)> {
+pub(super) fn kind_of(name: &str) -> Option<(Format, bool)> {
     let name = name.to_ascii_lowercase();
     let (stem, gzip) = name.strip_suffix(".gz").map_or((name.as_str(), false), |stem| (stem, true));
     let format = match stem.rsplit_once('.')?.1 {
-        "jsonl" | "ndjson" => Format::JsonLines,
-        "json" => Format::Json,
-        "txt" => Format::Plain,
+        "jsonl" | "ndjson" => Format::Stream(Shape::JsonLines),
+        "json" => Format::Stream(Shape::Json),
+        "txt" => Format::Stream(Shape::Plain),
+        // A packed one could not be read here and there.
+        "parquet" if !gzip => Format::Parquet,
         _ => return None,
     };
     Some((format, gzip))
 }
 
 /// Compares names as people do: runs of digits by value, the rest by character.
-fn natural(a: &str, b: &str) -> Ordering {
+pub(super) fn natural(a: &str, b: &str) -> Ordering {
     let (mut rest_a, mut rest_b) = (a, b);
     loop {
         let (Some(x), Some(y)) = (rest_a.chars().next(), rest_b.chars().next()) else {
@@ -199,11 +250,12 @@ mod tests {
 
     #[test]
     fn names_announce_formats() {
-        assert_eq!(kind_of("a.jsonl"), Some((Format::JsonLines, false)));
-        assert_eq!(kind_of("A.NDJSON.GZ"), Some((Format::JsonLines, true)));
-        assert_eq!(kind_of("a.b.json.gz"), Some((Format::Json, true)));
-        assert_eq!(kind_of("dir.x/a.txt"), Some((Format::Plain, false)));
-        for other in ["a.parquet", "a", "jsonl", "a.gz", "a.csv.gz", ""] {
+        assert_eq!(kind_of("a.jsonl"), Some((Format::Stream(Shape::JsonLines), false)));
+        assert_eq!(kind_of("A.NDJSON.GZ"), Some((Format::Stream(Shape::JsonLines), true)));
+        assert_eq!(kind_of("a.b.json.gz"), Some((Format::Stream(Shape::Json), true)));
+        assert_eq!(kind_of("dir.x/a.txt"), Some((Format::Stream(Shape::Plain), false)));
+        assert_eq!(kind_of("A-00000-of-00001.Parquet"), Some((Format::Parquet, false)));
+        for other in ["a.parquet.gz", "a.arrow", "a", "jsonl", "a.gz", "a.csv.gz", ""] {
             assert_eq!(kind_of(other), None, "{other}");
         }
     }

@@ -6,15 +6,14 @@ use std::io::{BufRead, ErrorKind};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Columns named in an error at most.
-const COLUMNS_SHOWN: usize = 24;
+use super::column::COLUMNS_SHOWN;
 
 /// What a row holds in the wanted column.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Cell {
-    /// A text.
+    /// A text; a null is an empty one.
     Text(String),
-    /// A value that is not a string: what it is instead.
+    /// A value that is neither: what it is instead.
     Other(&'static str),
     /// No such column: the row's columns.
     Missing(Vec<String>),
@@ -30,7 +29,7 @@ pub(super) fn cell(row: &[u8], column: &str) -> serde_json::Result<Cell> {
     Ok(cell)
 }
 
-/// A value of which only strings are kept.
+/// A value of which only strings are kept, and null as the empty one.
 enum Value {
     Text(String),
     Other(&'static str),
@@ -57,7 +56,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
         Ok(Value::Text(text))
     }
     fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Other("null"))
+        Ok(Value::Text(String::new()))
     }
     fn visit_bool<E>(self, _: bool) -> Result<Value, E> {
         Ok(Value::Other("a boolean"))
@@ -289,7 +288,8 @@ mod tests {
         assert_eq!(text(r#"{"id":[1,{"text":"no"}],"text":"a\n\u00e9"}"#), Cell::Text("a\né".into()));
         assert_eq!(text(r#""bare""#), Cell::Text("bare".into()));
         assert_eq!(text(r#"{"text":"a","text":"b"}"#), Cell::Text("b".into()));
-        assert_eq!(text(r#"{"text":null}"#), Cell::Other("null"));
+        assert_eq!(text(r#"{"text":null}"#), Cell::Text(String::new()));
+        assert_eq!(text("null"), Cell::NoRow("null"));
         assert_eq!(text(r#"{"text":["a"]}"#), Cell::Other("an array"));
         assert_eq!(text(r#"{"text":{"a":1.5}}"#), Cell::Other("an object"));
         assert_eq!(text(r#"{"b":1,"a":2}"#), Cell::Missing(vec!["b".into(), "a".into()]));

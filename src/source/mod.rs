@@ -4,11 +4,17 @@
 //! and [`Passes`] does both on a thread of its own and packs whole samples into passes of about N tokens. Nothing
 //! here grows with the size of the dataset.
 
+mod column;
 mod files;
 mod json;
+mod lines;
 mod pack;
+mod pages;
+mod panics;
+mod parquet;
 mod rebuild;
 mod text;
+mod thrift;
 mod tokens;
 mod wait;
 

@@ -6,8 +6,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::panics::message;
 use super::text::{TextCounts, Texts};
-use super::tokens::{Sample, Tokens, message};
+use super::tokens::{Sample, Tokens};
 use super::wait::wait;
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;

@@ -1,19 +1,19 @@
 //! Texts of a dataset, one after the other.
 
 use std::borrow::Cow;
-use std::io::BufRead;
 use std::path::PathBuf;
 
-use super::files::{Format, Part, parts, read_line};
-use super::json::{Cell, Cut, Cutter, cell};
+use super::files::{Format, Part, parts};
+use super::lines::Lines;
+use super::parquet::Rows;
 use crate::error::{Error, Result};
 
 /// Which texts to read.
 #[derive(Clone, Debug)]
 pub struct TextSpec {
-    /// A file or a folder.
+    /// A file or a folder; for texts from elsewhere, what errors call the whole of them.
     pub dataset: PathBuf,
-    /// The column of JSON rows that holds the text.
+    /// The column of JSON rows or parquet files that holds the text; a null there is an empty text.
     pub text_column: String,
     /// A text is kept when it has more characters than this, white space at its ends not counted; 0 keeps every
     /// text, the empty ones too.
@@ -37,36 +37,43 @@ pub struct TextCounts {
 pub struct Texts {
     spec: TextSpec,
     counts: TextCounts,
-    /// The files still to come, the next one last.
-    waiting: Vec<Part>,
+    /// The files still to come.
+    waiting: Box<dyn Iterator<Item = Result<Part>> + Send>,
+    /// The texts of the open file.
     reader: Option<Reader>,
     done: bool,
 }
 
-struct Reader {
-    part: Part,
-    bytes: Box<dyn BufRead + Send>,
-    /// The line (from 1) that is being read.
-    line: u64,
-    /// Cuts `.json` files, where values are not lines.
-    cutter: Cutter,
-    buffer: Vec<u8>,
-}
+type Reader = Box<dyn Iterator<Item = Result<String>> + Send>;
 
 impl Texts {
     /// Finds the files behind `spec.dataset`. Fails where there are none; reads nothing yet.
     pub fn open(spec: &TextSpec) -> Result<Self> {
-        Ok(Self::over(parts(&spec.dataset)?, spec))
+        Ok(Self::over(parts(&spec.dataset)?.into_iter().map(Ok), spec))
+    }
+
+    /// Texts of `files`, paths within the dataset `name`, of which each is brought to this machine only when the ones
+    /// before it held too few texts: `fetch` turns its path there into one here. The endings of `files` say their
+    /// formats, `spec.dataset` is not looked at.
+    pub fn fetched(
+        name: &str,
+        files: Vec<String>,
+        mut fetch: impl FnMut(&str) -> Result<PathBuf> + Send + 'static,
+        spec: &TextSpec,
+    ) -> Result<Self> {
+        let parts: Vec<Part> = files.iter().map(|file| Part::elsewhere(name, file)).collect::<Result<_>>()?;
+        let arriving = parts.into_iter().zip(files);
+        Ok(Self::over(arriving.map(move |(part, file)| Ok(part.arrived(fetch(&file)?))), spec))
     }
 
     /// Texts of a file that is in memory; the ending of `name` says its format, `spec.dataset` is not looked at.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>, spec: &TextSpec) -> Result<Self> {
-        Ok(Self::over(vec![Part::in_memory(name, bytes.into())?], spec))
+        Ok(Self::over([Ok(Part::in_memory(name, bytes.into())?)].into_iter(), spec))
     }
 
-    fn over(mut parts: Vec<Part>, spec: &TextSpec) -> Self {
-        parts.reverse();
-        Self { spec: spec.clone(), counts: TextCounts::default(), waiting: parts, reader: None, done: false }
+    fn over(parts: impl Iterator<Item = Result<Part>> + Send + 'static, spec: &TextSpec) -> Self {
+        let waiting = Box::new(parts);
+        Self { spec: spec.clone(), counts: TextCounts::default(), waiting, reader: None, done: false }
     }
 
     /// What was met so far.
@@ -98,17 +105,22 @@ impl Texts {
     fn next_text(&mut self) -> Result<Option<String>> {
         loop {
             if let Some(reader) = &mut self.reader {
-                if let Some(text) = reader.next(&self.spec.text_column)? {
-                    return Ok(Some(text));
+                if let Some(text) = reader.next() {
+                    return text.map(Some);
                 }
                 self.reader = None;
             }
-            let Some(part) = self.waiting.pop() else { return Ok(None) };
-            let bytes = part.open()?;
-            self.reader =
-                Some(Reader { part, bytes, line: 0, cutter: Cutter::default(), buffer: Vec::new() });
+            let Some(part) = self.waiting.next() else { return Ok(None) };
+            self.reader = Some(open(part?, &self.spec.text_column)?);
         }
     }
+}
+
+fn open(part: Part, column: &str) -> Result<Reader> {
+    Ok(match part.format {
+        Format::Parquet => Box::new(Rows::open(&part.name, part.input()?, column)?),
+        Format::Stream(shape) => Box::new(Lines::open(part, shape, column)?),
+    })
 }
 
 impl Iterator for Texts {
@@ -125,111 +137,6 @@ impl Iterator for Texts {
             self.reader = None;
         }
         next
-    }
-}
-
-impl Reader {
-    fn next(&mut self, column: &str) -> Result<Option<String>> {
-        match self.part.format {
-            Format::Plain => {
-                if !self.next_line()? {
-                    return Ok(None);
-                }
-                let text = std::str::from_utf8(&self.buffer).map_err(|cause| self.not_utf8(cause))?;
-                Ok(Some(text.to_owned()))
-            }
-            Format::JsonLines => {
-                while self.next_line()? {
-                    if !self.buffer.trim_ascii().is_empty() {
-                        return self.text(column).map(Some);
-                    }
-                }
-                Ok(None)
-            }
-            Format::Json => {
-                let cut = self.cutter.next(self.bytes.as_mut(), &mut self.buffer);
-                match cut.map_err(|cause| self.part.unreadable(cause, self.cutter.line()))? {
-                    Cut::End => Ok(None),
-                    Cut::Value(line) => {
-                        self.line = line;
-                        self.text(column).map(Some)
-                    }
-                    Cut::Wrong(line, what) => {
-                        self.line = line;
-                        Err(self.not_json(what))
-                    }
-                }
-            }
-        }
-    }
-
-    fn next_line(&mut self) -> Result<bool> {
-        self.line += 1;
-        read_line(self.bytes.as_mut(), &mut self.buffer)
-            .map_err(|cause| self.part.unreadable(cause, self.line))
-    }
-
-    /// The text of the JSON row in the buffer.
-    fn text(&mut self, column: &str) -> Result<String> {
-        let row = std::str::from_utf8(&self.buffer).map_err(|cause| self.not_utf8(cause))?;
-        let cell = match cell(row.as_bytes(), column) {
-            Ok(cell) => cell,
-            Err(cause) => {
-                // The parser counts from the start of the row.
-                self.line += (cause.line() as u64).saturating_sub(1);
-                return Err(self.not_json(cause.to_string()));
-            }
-        };
-        match cell {
-            Cell::Text(text) => Ok(text),
-            Cell::Other(kind) => Err(Error::new(format!("column {column:?} of the dataset is not a text"))
-                .at(self.place())
-                .expected("a string")
-                .found(kind)
-                .hint("--text_column names another column")),
-            Cell::NoRow(kind) => Err(Error::new("a row of the dataset is no object")
-                .at(self.place())
-                .expected(format!("an object with a column {column:?}, or a string"))
-                .found(kind)),
-            Cell::Missing(columns) => {
-                let found = match columns.is_empty() {
-                    true => "an object without columns".to_owned(),
-                    false => format!("columns {}", columns.join(", ")),
-                };
-                let example = columns.first().map_or("NAME", String::as_str).to_owned();
-                Err(Error::new(format!("the dataset has no column {column:?}"))
-                    .at(self.place())
-                    .expected(format!("a column {column:?}"))
-                    .found(found)
-                    .hint(format!("name the column that holds the text, such as --text_column {example}")))
-            }
-        }
-    }
-
-    fn place(&self) -> String {
-        format!("{}:{}", self.part.name, self.line)
-    }
-
-    fn not_json(&self, cause: impl std::fmt::Display) -> Error {
-        let expected = match self.part.format {
-            Format::Json => "an array of objects or of strings, or one JSON object per line",
-            _ => "one JSON object per line",
-        };
-        Error::new("the dataset is not valid JSON").at(self.place()).expected(expected).found(cause)
-    }
-
-    fn not_utf8(&self, cause: std::str::Utf8Error) -> Error {
-        let before = &self.buffer[..cause.valid_up_to()];
-        let line = match self.part.format {
-            Format::Json => self.line + before.iter().filter(|&&byte| byte == b'\n').count() as u64,
-            _ => self.line,
-        };
-        let byte = self.buffer.get(cause.valid_up_to()).copied().unwrap_or_default();
-        Error::new("the dataset is not UTF-8")
-            .at(format!("{}:{line}", self.part.name))
-            .expected("text in UTF-8")
-            .found(format!("byte 0x{byte:02X}"))
-            .hint("convert it, for example with `iconv -f latin1 -t utf-8`")
     }
 }
 

@@ -122,10 +122,10 @@ fn files_that_cannot_be_found_or_read() {
         &["cannot read the dataset", "none.jsonl", "--dataset", ".txt"],
     );
     says(&open(folder.path()), &["no file that can be read", ".jsonl", "an empty folder"]);
-    let parquet = folder.path().join("train.parquet");
-    std::fs::write(&parquet, b"PAR1").unwrap();
-    says(&open(folder.path()), &["no file that can be read", "found:    train.parquet", "hint:"]);
-    says(&open(&parquet), &["unknown kind", "\"train.parquet\"", "to_json"]);
+    let arrow = folder.path().join("train.arrow");
+    std::fs::write(&arrow, b"ARROW1").unwrap();
+    says(&open(folder.path()), &["no file that can be read", "found:    train.arrow", "hint:"]);
+    says(&open(&arrow), &["unknown kind", "\"train.arrow\"", "to_parquet"]);
 }
 
 #[test]
@@ -153,11 +153,72 @@ fn a_missing_column_is_named() {
 #[test]
 fn values_that_are_no_texts() {
     says(
-        &failure("a.jsonl", b"{\"text\":null}"),
-        &["not a text", "a.jsonl:1", "found:    null", "--text_column"],
+        &failure("a.jsonl", b"{\"text\":true}"),
+        &["not a text", "a.jsonl:1", "found:    a boolean", "--text_column"],
     );
     says(&failure("a.json", b"[{\"text\":[\"a\"]}]"), &["not a text", "found:    an array"]);
     says(&failure("a.jsonl", b"[1]"), &["a row of the dataset is no object", "a.jsonl:1", "an array"]);
+}
+
+#[test]
+fn null_is_an_empty_text() {
+    let file = b"{\"text\":null}\n{\"text\":\"a\"}\n{\"text\":null}";
+    assert_eq!(read("a.jsonl", file), ["", "a", ""]);
+    let mut texts =
+        Texts::from_bytes("a.jsonl", file.to_vec(), &TextSpec { min_chars: 1, ..spec("x") }).unwrap();
+    assert_eq!(texts.by_ref().count(), 0);
+    assert_eq!(texts.counts(), TextCounts { read: 3, kept: 0, too_short: 3 });
+    says(&failure("a.json", b"[null]"), &["not valid JSON"]);
+}
+
+#[test]
+fn files_are_fetched_when_their_turn_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    // Where a file comes to lie says nothing about its format.
+    for (name, bytes) in [("1", &b"\"a\"\n\"b\"\n"[..]), ("2", b"c\nd\n"), ("3", b"\"e\"\n!\n")] {
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let root = folder.path().to_owned();
+    let files = || ["data/1.jsonl", "data/2.txt", "more/3.json"].map(str::to_owned).to_vec();
+    let open = |num_samples| {
+        let calls = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (seen, root) = (calls.clone(), root.clone());
+        let fetch = move |file: &str| {
+            seen.lock().unwrap().push(file.to_owned());
+            match file.split(['/', '.']).nth(1) {
+                Some(number) => Ok(root.join(number)),
+                None => unreachable!("{file}"),
+            }
+        };
+        let spec = TextSpec { num_samples, ..spec("org/set") };
+        (Texts::fetched("org/set", files(), fetch, &spec).unwrap(), calls)
+    };
+
+    let (mut texts, calls) = open(2);
+    assert_eq!(*calls.lock().unwrap(), [""; 0]);
+    assert_eq!(texts.by_ref().map(Result::unwrap).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(*calls.lock().unwrap(), ["data/1.jsonl"]);
+
+    let (mut texts, calls) = open(9);
+    assert_eq!(texts.by_ref().take(3).map(Result::unwrap).collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!(*calls.lock().unwrap(), ["data/1.jsonl", "data/2.txt"]);
+    assert_eq!(texts.by_ref().take(2).map(Result::unwrap).collect::<Vec<_>>(), ["d", "e"]);
+    let error = texts.next().unwrap().unwrap_err().to_string();
+    says(&error, &["not valid JSON", "where:    org/set: more/3.json:2"]);
+    assert!(!error.contains(root.to_str().unwrap()), "{error}");
+    assert!(texts.next().is_none());
+
+    let lost = |file: &str| {
+        let fetch = |file: &str| match file {
+            "gone.txt" => Ok(PathBuf::from("/no/such/file")),
+            _ => Err(Error::new("no network").at(file)),
+        };
+        let texts = Texts::fetched("org/set", vec![file.to_owned()], fetch, &spec("org/set"))?;
+        texts.collect::<Result<Vec<_>>>()
+    };
+    says(&lost("9.txt").unwrap_err().to_string(), &["no network", "9.txt"]);
+    says(&lost("gone.txt").unwrap_err().to_string(), &["cannot open", "org/set: gone.txt"]);
+    says(&lost("a.csv").unwrap_err().to_string(), &["unknown kind", "org/set: a.csv"]);
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Texts → token ids, equal to those of transformers' `AutoTokenizer(text, truncation=True, max_length=…)`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 use tokenizers::{Tokenizer, TruncationParams, TruncationStrategy};
 
+use super::panics::caught;
 use super::rebuild::{Built, Files, build};
 use crate::error::{Error, Result};
 
@@ -89,9 +89,7 @@ impl Tokens {
                 .hint("AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER) in Python writes it anew")
         };
         // The library asserts some properties of the file instead of checking them.
-        let Built { mut tokenizer, direction } = catch_unwind(AssertUnwindSafe(|| build(files)))
-            .unwrap_or_else(|panic| Err(message(&panic)))
-            .map_err(damaged)?;
+        let Built { mut tokenizer, direction } = caught(|| build(files)).flatten().map_err(damaged)?;
         let special = tokenizer.get_post_processor().map_or(0, |post| {
             use tokenizers::PostProcessor;
             post.added_tokens(false)
@@ -187,12 +185,6 @@ fn note(tokenizer: &Tokenizer, config: &Map<String, Value>) -> Option<String> {
             )
         })
     })
-}
-
-/// What a panic said.
-pub(super) fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("an unknown failure").to_owned()
 }
 
 #[cfg(test)]

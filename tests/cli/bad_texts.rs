@@ -25,15 +25,15 @@ fn folder_without_texts() {
     let dir = Dir::with("yi");
     std::fs::create_dir(dir.path("texts")).unwrap();
     dir.refuse(1, &with("texts"), &["no file that can be read", "an empty folder", ".jsonl"]);
-    dir.write("texts/train.parquet", "PAR1");
-    dir.refuse(1, &with("texts"), &["no file that can be read", "train.parquet", "to_json"]);
+    dir.write("texts/train.arrow", "ARROW1");
+    dir.refuse(1, &with("texts"), &["no file that can be read", "train.arrow", "to_parquet"]);
 }
 
 #[test]
 fn unknown_kind_of_file() {
     let dir = Dir::with("yi");
-    dir.write("train.parquet", "PAR1");
-    dir.refuse(1, &with("train.parquet"), &["of an unknown kind", "train.parquet", "to_json"]);
+    dir.write("train.arrow", "ARROW1");
+    dir.refuse(1, &with("train.arrow"), &["of an unknown kind", "train.arrow", "to_parquet"]);
 }
 
 #[test]
@@ -69,6 +69,23 @@ fn missing_column() {
     dir.refuse(1, &with("rows.jsonl"), &says);
     dir.refuse(1, &with("rows.jsonl --text_column content"), &["no column \"content\""]);
     dir.refuse(1, &with("rows.jsonl --text_column id"), &["not a text", "found:    a number"]);
+}
+
+#[test]
+fn damaged_parquet() {
+    let dir = Dir::with("yi");
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parquet/plain_v1.parquet");
+    let whole = std::fs::read(file).unwrap();
+    dir.write("cut.parquet", &whole[..whole.len() - 9]);
+    dir.refuse(
+        1,
+        &with("cut.parquet"),
+        &["the parquet file is cut off", "cut.parquet", "download the file again"],
+    );
+    dir.write("whole.parquet", &whole);
+    let says = ["no column \"body\"", "whole.parquet", "columns id, meta, text, tags, hash"];
+    dir.refuse(1, &with("whole.parquet --text_column body"), &says);
+    dir.refuse(1, &with("whole.parquet --text_column tags"), &["not a text", "found:    lists"]);
 }
 
 /// Kept texts before the fault change nothing: a run that misses texts gives no results.
