@@ -97,6 +97,10 @@ def _load_folder(folder):
     metadata = {}
     for part in ("experiment_info", "analysis_config", "run_info"):
         metadata.update(found.get(part, {}))
+    # The JSON file writes the time for people, the archive as in the folder's name: 20250102_030405.
+    timestamp = metadata.get("timestamp")
+    if isinstance(timestamp, str):
+        metadata["timestamp"] = timestamp.replace("-", "").replace(":", "").replace(" ", "_")
     sizes = found.get("dimension_info", {})
     metadata["dimension_sizes"] = {int(name.rpartition("_")[2]): size for name, size in sizes.items()}
     return {"data": {file.name[: -len(ARRAY_ENDING)]: np.load(file) for file in files}, "metadata": metadata}

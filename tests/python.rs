@@ -156,7 +156,8 @@ assert abs(abs(data['layer_3_mean_norm_sum_abs']).sum() - 48) < 1e-3
 assert metadata['dimension_sizes'] == {1: 48, 3: 48} and metadata['layers'] == [1, 3], metadata
 assert metadata['power'] == 2.0 and metadata['aggregate_by'] == 'gradients'
 print(sorted(metadata.items()))
-print({key: array.tobytes().hex() for key, array in sorted(data.items())})";
+import hashlib
+print({key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in sorted(data.items())})";
     let archive = folder.join("consolidated_results.npz");
     let Some(of_archive) = load(&dir, &archive, code) else { return };
     let of_folder = load(&dir, &folder, code).unwrap();
