@@ -37,6 +37,7 @@ impl Dir {
     }
 
     /// Sets an environment variable for every run that follows.
+    #[allow(dead_code, reason = "for the tests of the hub")]
     pub fn set(&mut self, variable: &str, value: &str) {
         self.variables.retain(|(name, _)| name != variable);
         self.variables.push((variable.into(), value.into()));
