@@ -1,5 +1,7 @@
 //! A fresh working folder, and runs of the program in it.
 
+use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,6 +14,8 @@ pub const LAYER: &str = "layer --model_name model --dataset model/corpus.jsonl";
 /// A working folder that is removed in the end.
 pub struct Dir {
     root: TempDir,
+    /// Set for every program that is run here.
+    variables: Vec<(String, String)>,
 }
 
 /// A run that has ended.
@@ -25,7 +29,18 @@ pub struct Run {
 
 impl Dir {
     pub fn new() -> Self {
-        Self { root: tempfile::tempdir().unwrap() }
+        let root = tempfile::tempdir().unwrap();
+        let hub = root.path().join("hf").display().to_string();
+        // No hub unless a test has one: nothing listens there.
+        let endpoint = "http://127.0.0.1:9".to_owned();
+        Self { root, variables: vec![("HF_HOME".into(), hub), ("HF_ENDPOINT".into(), endpoint)] }
+    }
+
+    /// Sets an environment variable for every run that follows.
+    #[allow(dead_code, reason = "for the tests of the hub")]
+    pub fn set(&mut self, variable: &str, value: &str) {
+        self.variables.retain(|(name, _)| name != variable);
+        self.variables.push((variable.into(), value.into()));
     }
 
     /// With a copy of `tests/goldens/{golden}` as `model`.
@@ -91,29 +106,48 @@ impl Dir {
 
     /// The same, with further arguments that may be empty or hold blanks.
     pub fn run_with(&self, args: &str, more: &[&str]) -> Run {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
-        self.finish(command.args(args.split_whitespace()).args(more))
+        self.finish(self.gradlens(args).args(more))
     }
 
     /// The same as [`Dir::run`], with an environment variable set.
     pub fn run_where(&self, variable: &str, value: &str, args: &str) -> Run {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
-        self.finish(command.args(args.split_whitespace()).env(variable, value))
+        self.finish(self.gradlens(args).env(variable, value))
     }
 
     /// Starts the program; both streams are pipes.
     pub fn start(&self, args: &str) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
-        let command = self.prepare(command.args(args.split_whitespace()));
+        let mut command = self.gradlens(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    fn prepare<'a>(&self, command: &'a mut Command) -> &'a mut Command {
-        command.current_dir(self.root.path()).env_remove("RAYON_NUM_THREADS").env_remove("RUST_BACKTRACE")
+    fn gradlens(&self, args: &str) -> Command {
+        let mut command = self.command(env!("CARGO_BIN_EXE_gradlens"));
+        command.args(args.split_whitespace());
+        command
     }
 
-    fn finish(&self, command: &mut Command) -> Run {
-        let output = self.prepare(command).output().unwrap();
+    /// A program to be run here. What the developer's environment says about the hub, its token, proxies, threads
+    /// or this program does not reach it.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        for (name, _) in env::vars_os() {
+            let upper = name.to_string_lossy().to_uppercase();
+            let ours = ["HF_", "HUGGING", "GRADLENS_"].iter().any(|start| upper.starts_with(start));
+            if ours || upper.ends_with("_PROXY") {
+                command.env_remove(name);
+            }
+        }
+        for name in ["RAYON_NUM_THREADS", "RUST_BACKTRACE", "XDG_CACHE_HOME"] {
+            command.env_remove(name);
+        }
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command.current_dir(self.root.path());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn finish(&self, command: &mut Command) -> Run {
+        let output = command.output().unwrap();
         Run {
             command: format!("{command:?}"),
             cwd: self.root.path().to_owned(),
