@@ -232,6 +232,11 @@ fn files_that_are_not_whole() {
     let mut long = whole.clone();
     long[end - 8..end - 4].copy_from_slice(&u32::MAX.to_le_bytes());
     refuses(&long, "text", &["damaged", "a footer longer than the file", again]);
+    // A footer without the pages that it speaks of.
+    let footer =
+        whole.len() - 8 - u32::from_le_bytes(*whole[..whole.len() - 4].last_chunk().unwrap()) as usize;
+    let alone = [b"PAR1", &whole[footer..]].concat();
+    refuses(&alone, "text", &["damaged", "row group 0 (from 0, of 3)", "the column should lie at", again]);
     let mut zeros = whole;
     let place = places(&zeros, |column| column == "text")[2][0].clone();
     zeros[place].fill(0);
@@ -241,14 +246,50 @@ fn files_that_are_not_whole() {
 /// What fuzzing asserts: texts or an error, and no memory reserved by what a damaged header says.
 #[track_caller]
 fn survives(name: &str, bytes: Vec<u8>) {
-    // A page of zstd may state a thousand times what it holds, and no more than that is believed.
+    check(name, Texts::from_bytes("a.parquet", bytes, &spec("text")).unwrap());
+}
+
+#[track_caller]
+fn check(name: &str, texts: Texts) {
+    // A page of zstd may become 2¹⁵ times as long, and no more than that is believed.
     const MOST: usize = 48 << 20;
-    let texts = Texts::from_bytes("a.parquet", bytes, &spec("text")).unwrap();
     // A damaged number of rows could make for very many.
     let texts = texts.take(5000).filter(Result::is_ok).count();
     assert!(texts < 5000, "{name}");
     let largest = LARGEST.load(Ordering::Relaxed);
     assert!(largest < MOST, "{name}: {largest} bytes were asked for at once");
+}
+
+/// Every number at the start of a column becomes a huge one, and every number of a footer.
+#[test]
+fn huge_lengths_are_survived() {
+    // In the protocol of the headers: 2³¹−1, and the most that 64 bits hold.
+    const HUGE: [&[u8]; 2] = [b"\xFE\xFF\xFF\xFF\x0F", b"\xFE\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01"];
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    for (name, bytes, _) in files() {
+        let pages = places(&bytes, |column| column == "text")[0].clone();
+        let end = bytes.len() - 8;
+        let footer = end - u32::from_le_bytes(*bytes[..end + 4].last_chunk().unwrap()) as usize;
+        let starts = pages.iter().flat_map(|page| page.start..page.start + 200);
+        // A number takes one byte or two.
+        for (at, width) in starts.chain(footer..footer + 600).flat_map(|at| [(at, 1), (at, 2)]) {
+            for huge in HUGE {
+                let mut bytes = bytes.clone();
+                bytes.splice(at..at + width, huge.iter().copied());
+                if at >= footer {
+                    let end = bytes.len() - 8;
+                    bytes[end..end + 4].copy_from_slice(&((end - footer) as u32).to_le_bytes());
+                    if name == "plain_v1.parquet" || name == "zstd_v2.parquet" {
+                        fs::write(&path, &bytes).unwrap();
+                        let texts = Texts::open(&TextSpec { dataset: path.clone(), ..spec("text") }).unwrap();
+                        check(&name, texts);
+                    }
+                }
+                survives(&name, bytes);
+            }
+        }
+    }
 }
 
 proptest! {
