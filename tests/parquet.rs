@@ -4,41 +4,62 @@
 #![allow(clippy::unwrap_used)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 
 use gradlens::error::Result;
 use gradlens::source::{TextCounts, TextSpec, Texts};
+use parquet::basic::Compression;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::properties::WriterProperties;
 use parquet::file::reader::FileReader;
 use parquet::file::serialized_reader::SerializedFileReader;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
 use proptest::prelude::*;
 
-/// The most bytes that were asked for at once.
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    /// What this thread, which is the one of a single test, has of memory, and had most of.
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+    static PEAK: Cell<usize> = const { Cell::new(0) };
+    /// The most bytes that it asked for at once.
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
 
 /// The system's allocator, which notes how much is asked for.
 struct Noting;
 
-// SAFETY: every call goes to the system's allocator as it is.
+impl Noting {
+    fn note(freed: usize, asked: usize) {
+        let live = LIVE.get().saturating_sub(freed) + asked;
+        LIVE.set(live);
+        PEAK.set(PEAK.get().max(live));
+        LARGEST.set(LARGEST.get().max(asked));
+    }
+}
+
+// SAFETY: every call goes to the system's allocator as it is; noting asks for no memory.
 unsafe impl GlobalAlloc for Noting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        Self::note(0, layout.size());
         // SAFETY: the caller's promises are those of `System`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        Self::note(layout.size(), 0);
         // SAFETY: as above.
         unsafe { System.dealloc(memory, layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        Self::note(0, layout.size());
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
+        Self::note(layout.size(), size);
         // SAFETY: as above.
         unsafe { System.realloc(memory, layout, size) }
     }
@@ -232,23 +253,105 @@ fn files_that_are_not_whole() {
     let mut long = whole.clone();
     long[end - 8..end - 4].copy_from_slice(&u32::MAX.to_le_bytes());
     refuses(&long, "text", &["damaged", "a footer longer than the file", again]);
+    // A footer without the pages that it speaks of.
+    let footer =
+        whole.len() - 8 - u32::from_le_bytes(*whole[..whole.len() - 4].last_chunk().unwrap()) as usize;
+    let alone = [b"PAR1", &whole[footer..]].concat();
+    refuses(&alone, "text", &["damaged", "row group 0 (from 0, of 3)", again]);
     let mut zeros = whole;
     let place = places(&zeros, |column| column == "text")[2][0].clone();
     zeros[place].fill(0);
     refuses(&zeros, "text", &["damaged", "row group 2 (from 0, of 3)", again]);
 }
 
+/// A row group of many pages takes no more memory than a few of them.
+#[test]
+fn memory_is_flat() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.parquet");
+    let text = |n: usize| format!("{n} ").repeat(200);
+    let schema = Arc::new(parse_message_type("message rows { required binary text (utf8); }").unwrap());
+    let about = WriterProperties::builder()
+        .set_dictionary_enabled(false)
+        .set_compression(Compression::SNAPPY)
+        .set_data_page_size_limit(100_000)
+        .set_write_batch_size(50)
+        .build();
+    let mut writer =
+        SerializedFileWriter::new(fs::File::create(&path).unwrap(), schema, Arc::new(about)).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    let texts: Vec<ByteArray> = (0..20_000).map(|n| text(n).into_bytes().into()).collect();
+    column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    writer.close().unwrap();
+    drop(texts);
+
+    let before = LIVE.get();
+    PEAK.set(before);
+    let mut read = Texts::open(&TextSpec { dataset: path, ..spec("text") }).unwrap();
+    let mut chars = 0;
+    for (n, found) in read.by_ref().enumerate() {
+        let found = found.unwrap();
+        chars += found.len();
+        assert!(n % 1000 != 0 || found == text(n));
+    }
+    assert_eq!(read.counts().kept, 20_000);
+    assert!(chars > 20_000_000, "{chars}");
+    assert!(PEAK.get() - before < 1_000_000, "{} bytes at once", PEAK.get() - before);
+}
+
 /// What fuzzing asserts: texts or an error, and no memory reserved by what a damaged header says.
 #[track_caller]
 fn survives(name: &str, bytes: Vec<u8>) {
-    // A page of zstd may state a thousand times what it holds, and no more than that is believed.
+    check(name, Texts::from_bytes("a.parquet", bytes, &spec("text")).unwrap());
+}
+
+#[track_caller]
+fn check(name: &str, texts: Texts) {
+    // A page of zstd may become 2¹⁵ times as long, and no more than that is believed.
     const MOST: usize = 48 << 20;
-    let texts = Texts::from_bytes("a.parquet", bytes, &spec("text")).unwrap();
     // A damaged number of rows could make for very many.
     let texts = texts.take(5000).filter(Result::is_ok).count();
     assert!(texts < 5000, "{name}");
-    let largest = LARGEST.load(Ordering::Relaxed);
+    let largest = LARGEST.get();
     assert!(largest < MOST, "{name}: {largest} bytes were asked for at once");
+}
+
+/// Every number at the start of a column becomes a huge one, and every number of a footer.
+#[test]
+fn huge_lengths_are_survived() {
+    // In the protocol of the headers: 2³¹−1, and the most that 64 bits hold.
+    const HUGE: [&[u8]; 2] = [b"\xFE\xFF\xFF\xFF\x0F", b"\xFE\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01"];
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    for (name, bytes, _) in files() {
+        let pages = places(&bytes, |column| column == "text")[0].clone();
+        let end = bytes.len() - 8;
+        let footer = end - u32::from_le_bytes(*bytes[..end + 4].last_chunk().unwrap()) as usize;
+        let starts = pages.iter().flat_map(|page| page.start..page.start + 200);
+        // All footers are much alike.
+        let on_disk = name == "plain_v1.parquet" || name == "zstd_v2.parquet";
+        let footers = footer..footer + if on_disk { 600 } else { 0 };
+        // A number takes one byte or two.
+        for (at, width) in starts.chain(footers).flat_map(|at| [(at, 1), (at, 2)]) {
+            for huge in HUGE {
+                let mut bytes = bytes.clone();
+                bytes.splice(at..at + width, huge.iter().copied());
+                if at >= footer {
+                    let end = bytes.len() - 8;
+                    bytes[end..end + 4].copy_from_slice(&((end - footer) as u32).to_le_bytes());
+                }
+                if on_disk {
+                    fs::write(&path, &bytes).unwrap();
+                    let texts = Texts::open(&TextSpec { dataset: path.clone(), ..spec("text") }).unwrap();
+                    check(&name, texts);
+                }
+                survives(&name, bytes);
+            }
+        }
+    }
 }
 
 proptest! {

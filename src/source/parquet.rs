@@ -8,6 +8,7 @@ use std::sync::Arc;
 use parquet::basic::{Compression, ConvertedType, LogicalType, Type as Physical};
 use parquet::column::reader::ColumnReaderImpl;
 use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::ParquetError;
 use parquet::file::metadata::{
     ParquetMetaData, ParquetMetaDataOptions, ParquetMetaDataReader, ParquetStatisticsPolicy, RowGroupMetaData,
 };
@@ -152,7 +153,7 @@ impl Group {
         let column = about.column(leaf);
         let pages = Chunk::new(Arc::clone(input), column)
             .and_then(|chunk| Pages::new(chunk, column, usize::try_from(rows)?))
-            .map_err(|cause| cause.to_string())?;
+            .map_err(said)?;
         let values = ColumnReaderImpl::new(column.column_descr_ptr(), Box::new(pages));
         Ok(Self { values, left: rows, rows })
     }
@@ -162,7 +163,7 @@ impl Group {
     fn next(&mut self) -> Result<Vec<u8>, String> {
         let (mut levels, mut values) = (Vec::new(), Vec::<ByteArray>::new());
         let read = self.values.read_records(1, Some(&mut levels), None, &mut values);
-        match read.map_err(|cause| cause.to_string())? {
+        match read.map_err(said)? {
             (0, ..) => Err(format!("the column ends after {} of {} rows", self.rows - self.left, self.rows)),
             _ => {
                 self.left -= 1;
@@ -170,6 +171,15 @@ impl Group {
                 Ok(values.first().map(|value| value.data().to_vec()).unwrap_or_default())
             }
         }
+    }
+}
+
+/// The crate's error without its own first word.
+fn said(cause: ParquetError) -> String {
+    match cause {
+        ParquetError::General(what) | ParquetError::EOF(what) | ParquetError::NYI(what) => what,
+        ParquetError::External(cause) => cause.to_string(),
+        other => other.to_string(),
     }
 }
 
@@ -210,11 +220,9 @@ fn footer(name: &str, input: &Input) -> Result<ParquetMetaData> {
         .with_column_stats_policy(ParquetStatisticsPolicy::SkipAll)
         .with_size_stats_policy(ParquetStatisticsPolicy::SkipAll)
         .with_encoding_stats_policy(ParquetStatisticsPolicy::SkipAll);
-    caught(|| {
-        ParquetMetaDataReader::decode_metadata_with_options(&bytes, Some(&options)).map_err(|e| e.to_string())
-    })
-    .unwrap_or_else(Err)
-    .map_err(|cause| wrong(&cause))
+    caught(|| ParquetMetaDataReader::decode_metadata_with_options(&bytes, Some(&options)).map_err(said))
+        .unwrap_or_else(Err)
+        .map_err(|cause| wrong(&cause))
 }
 
 /// What `field` holds, unless it is texts.

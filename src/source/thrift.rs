@@ -46,7 +46,7 @@ impl Compact<'_> {
         match (kind, step) {
             (STOP, _) => Some((STOP, last)),
             (_, 0) => Some((kind, zigzag(self.varint()?))),
-            _ => Some((kind, last + step)),
+            _ => Some((kind, last.wrapping_add(step))),
         }
     }
 
@@ -206,7 +206,16 @@ pub(super) fn after_deltas(bytes: &[u8], most: u64) -> Option<&[u8]> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(prop_oneof![any::<u8>(), Just(0xFF), Just(0x19), Just(0x15)], 0..60)) {
+            let _ = (check_schema(&bytes), page_sizes(&bytes), after_deltas(&bytes, 1 << 20));
+        }
+    }
 
     #[test]
     fn numbers() {
@@ -246,6 +255,11 @@ mod tests {
         let mut deep = vec![1; 120];
         deep.push(0);
         assert_eq!(check_schema(&footer(&deep)), None);
+        // A field whose number is the greatest, and one after it.
+        let mut last = vec![0x05, 0xFE];
+        last.extend([0xFF; 8]);
+        last.extend([0x01, 2, 0x15, 2, 0]);
+        assert_eq!(check_schema(&last), None);
         assert_eq!(check_schema(&[0x19, 0xFC, 0xFF, 0xFF, 0xFF, 0xFF, 0x0F]), None);
     }
 

@@ -88,6 +88,20 @@ fn damaged_parquet() {
     dir.refuse(1, &with("whole.parquet --text_column tags"), &["not a text", "found:    lists"]);
 }
 
+/// What the library takes for granted is told as an error of ours, without its panic.
+#[test]
+fn parquet_pages_that_make_the_library_panic() {
+    let dir = Dir::with("yi");
+    let mut bytes =
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parquet/binary.parquet")).unwrap();
+    // The length of a text, so that the next one begins behind the page.
+    bytes[558] = 0;
+    dir.write("bad.parquet", bytes);
+    let says =
+        ["the parquet file is damaged", "bad.parquet, row group 0 (from 0, of 3)", "range end out of bounds"];
+    dir.refuse(1, &with("bad.parquet --min_chars 0"), &says);
+}
+
 /// Kept texts before the fault change nothing: a run that misses texts gives no results.
 #[test]
 fn a_fault_far_into_the_dataset() {

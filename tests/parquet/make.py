@@ -1,4 +1,4 @@
-"""Rebuild the parquet files of this folder: `python tests/parquet/make.py`. Needs pyarrow; the version is in texts.json.
+"""Rebuild the parquet files of this folder: `python tests/parquet/make.py`. Needs pyarrow; the versions are in texts.json.
 
 Every file holds the same texts (texts.json; null is a null) in the column `text`, in three row groups of several small
 pages each, between columns of other kinds. What differs is how the column is stored: its encoding, the version of its
