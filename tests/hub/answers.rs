@@ -272,6 +272,9 @@ fn bytes(state: &State, head: &Head, path: &str, content: &Content) -> Reply {
         let middle = whole.len() / 2;
         whole[middle] ^= 0x10;
     }
+    if let Some(Fault::Short(bytes)) = fault {
+        whole.truncate(bytes);
+    }
     let length = whole.len();
     let range = head.header("range").filter(|_| !matches!(fault, Some(Fault::NoRange)));
     let reply = match range.and_then(|range| range.strip_prefix("bytes=")?.split_once('-')) {

@@ -12,6 +12,9 @@ use crate::repo::{Kind, Repository};
 use crate::server::Hub;
 use crate::world::{World, check_cache, local_arrays};
 
+/// The dataset's description, whose head names the files of its configurations.
+const CARD: &str = "README.md";
+
 /// Runs `cache.py` in the world's environment; `None`, with the reason, where there is no such Python.
 fn python(world: &World, mode: &str) -> Option<Run> {
     let Some(python) = env::var_os("GRADLENS_HUB_PYTHON") else {
@@ -22,7 +25,10 @@ fn python(world: &World, mode: &str) -> Option<Run> {
         eprintln!("skipped: {reason}");
         return None;
     };
-    let wanted = json!([wanted(&world.model(), is_needed), wanted(&world.dataset(), |path| path == TRAIN)]);
+    let wanted = json!([
+        wanted(&world.model(), is_needed),
+        wanted(&world.dataset(), |path| [TRAIN, CARD].contains(&path))
+    ]);
     let mut command = world.dir.command(python);
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hub/cache.py")).args([mode, &wanted.to_string()]);
     // Notices about newer versions, and progress bars, have no place in a test's output.

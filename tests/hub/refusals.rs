@@ -13,8 +13,7 @@ const GATED: &str = "meta/gated";
 #[test]
 fn a_repository_that_is_not_there() {
     let world = World::with_token();
-    let run = world.fails("layer --model_name no/model", &["no/model", "hint: "]);
-    run.err("not found").err(&world.hub.endpoint);
+    world.fails("layer --model_name no/model", &["no/model", &world.hub.endpoint, "hint: "]);
     world.fails("layer --dataset no/texts", &["no/texts", "hint: "]);
     assert!(!world.cache().keys().any(|path| path.contains("no--")));
 }

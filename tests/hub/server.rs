@@ -32,7 +32,7 @@ pub enum Fault {
     Cut(usize),
     /// The connection falls silent after so many bytes of the body.
     Stall(usize),
-    /// A whole answer of only so many bytes.
+    /// The file has only so many bytes: nothing but the announced size tells.
     Short(usize),
     /// A byte in the middle of the file is another.
     Corrupt,
@@ -210,14 +210,13 @@ fn serve(stream: &TcpStream, cdn: bool, state: &State) {
     }
 }
 
-/// Applies what can go wrong with the body of a file.
+/// Applies what can go wrong on the way of a file.
 pub fn spoil(reply: Reply, fault: Option<Fault>) -> Reply {
     let mut reply = reply;
     match fault {
         Some(Fault::Cut(bytes)) => reply.cut = Some(bytes),
         Some(Fault::Stall(bytes)) => (reply.cut, reply.stall) = (Some(bytes), true),
-        Some(Fault::Short(bytes)) => reply.body.truncate(bytes),
-        Some(Fault::Status(_) | Fault::Corrupt | Fault::NoRange) | None => {}
+        Some(Fault::Status(_) | Fault::Short(_) | Fault::Corrupt | Fault::NoRange) | None => {}
     }
     reply
 }
