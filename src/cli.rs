@@ -25,6 +25,10 @@ pub struct Cli {
 pub enum Command {
     /// Per-dimension statistics of every layer's MLP output, or of the loss gradient there
     Layer(Box<LayerArgs>),
+    /// Download what `layer` with the same flags needs, for machines without a network
+    Fetch(Box<FetchArgs>),
+    /// Devices, libraries, folders, the hub: what is there, and whether `layer` could run
+    Doctor(Box<DoctorArgs>),
     /// The whole job in seconds, on a small trained model that ships with the program
     Demo(DemoArgs),
 }
@@ -34,6 +38,8 @@ impl Command {
     pub fn quiet(&self) -> bool {
         match self {
             Self::Layer(args) => args.quiet,
+            Self::Fetch(args) => args.quiet,
+            Self::Doctor(_) => false,
             Self::Demo(args) => args.quiet,
         }
     }
@@ -43,29 +49,17 @@ impl Command {
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case")]
 pub struct LayerArgs {
-    /// Folder of a checkpoint: config.json, tokenizer.json, *.safetensors
-    #[arg(long, default_value = "Qwen/Qwen2.5-0.5B", value_name = "FOLDER", help_heading = "Model")]
-    pub model_name: String,
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
 
     /// Layers to analyse: `0-23`, `0,5,10`, `0-3,8,20-23`; every layer if left out
     #[arg(long, allow_hyphen_values = true, help_heading = "Model")]
     pub layers: Option<String>,
 
-    /// Texts: .jsonl, .ndjson, .json, .txt (one text per line), each also as .gz, or a folder of these
-    #[arg(long, value_name = "PATH", help_heading = "Texts")]
-    pub dataset: Option<PathBuf>,
-
-    /// Column of JSON rows that holds the text
-    #[arg(long, default_value = "text", value_name = "NAME", help_heading = "Texts")]
-    pub text_column: String,
-
-    /// Keep texts with more characters than this (white space at the ends not counted); 0 keeps all
-    #[arg(long, default_value_t = 50, value_name = "N", help_heading = "Texts")]
-    pub min_chars: usize,
-
-    /// Samples to use, counted after --min_chars
-    #[arg(long, default_value_t = 500, value_name = "N", help_heading = "Texts")]
-    pub num_samples: usize,
+    /// Which texts.
+    #[command(flatten)]
+    pub texts: TextArgs,
 
     /// Longest sample in tokens, special tokens included; the rest is cut off
     #[arg(long, default_value_t = 128, value_name = "TOKENS", help_heading = "Texts")]
@@ -140,6 +134,90 @@ pub struct LayerArgs {
     /// Memory for activations, in GiB; half of what is free if left out
     #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
     pub memory: Option<f64>,
+}
+
+/// Which model, of all commands that need one.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct ModelArgs {
+    /// Id of a model on the Hugging Face hub, or a folder: config.json, tokenizer.json, *.safetensors
+    #[arg(long, default_value = "Qwen/Qwen2.5-0.5B", value_name = "ID|FOLDER", help_heading = "Model")]
+    pub model_name: String,
+
+    /// Branch, tag or commit hash of the model on the hub
+    #[arg(long, default_value = "main", help_heading = "Model")]
+    pub revision: String,
+}
+
+/// Which texts, of all commands that need some.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct TextArgs {
+    /// Id of a dataset on the hub, or a path: .parquet, .jsonl, .ndjson, .json, .txt (one text per line), the last
+    /// four also as .gz, or a folder of these
+    #[arg(long, default_value = DATASET, value_name = "ID|PATH", help_heading = "Texts")]
+    pub dataset: String,
+
+    /// Config of the dataset on the hub [default: wikitext-2-raw-v1 of the default dataset, else the dataset's own]
+    #[arg(long, value_name = "NAME", help_heading = "Texts")]
+    pub dataset_config: Option<String>,
+
+    /// Split of the dataset on the hub [default: train]
+    #[arg(long, value_name = "NAME", help_heading = "Texts")]
+    pub dataset_split: Option<String>,
+
+    /// Branch, tag or commit hash of the dataset on the hub [default: main]
+    #[arg(long, value_name = "REVISION", help_heading = "Texts")]
+    pub dataset_revision: Option<String>,
+
+    /// Column of JSON or parquet rows that holds the text
+    #[arg(long, default_value = "text", value_name = "NAME", help_heading = "Texts")]
+    pub text_column: String,
+
+    /// Keep texts with more characters than this (white space at the ends not counted); 0 keeps all
+    #[arg(long, default_value_t = 50, value_name = "N", help_heading = "Texts")]
+    pub min_chars: usize,
+
+    /// Samples to use, counted after --min_chars
+    #[arg(long, default_value_t = 500, value_name = "N", help_heading = "Texts")]
+    pub num_samples: usize,
+}
+
+/// The dataset of the scripts.
+pub const DATASET: &str = "Salesforce/wikitext";
+
+/// `gradlens fetch`.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct FetchArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Which texts.
+    #[command(flatten)]
+    pub texts: TextArgs,
+
+    /// SAEs on the hub: an id, or id/folder for a part of it, where `{layer}` stands for every layer's number
+    #[arg(long, value_name = "ID", help_heading = "SAEs")]
+    pub sae: Option<String>,
+
+    /// No progress on stderr; warnings, errors and results stay
+    #[arg(long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// `gradlens doctor`.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct DoctorArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Which texts.
+    #[command(flatten)]
+    pub texts: TextArgs,
 }
 
 /// `gradlens demo`.

@@ -8,7 +8,7 @@ use gradlens::cli::{Cli, Command};
 use gradlens::error::Result;
 use gradlens::interrupt::Interrupt;
 use gradlens::output::{Log, folder};
-use gradlens::plan::Plan;
+use gradlens::plan::{Fetcher, Plan, doctor, preload};
 use gradlens::run;
 
 fn main() -> ExitCode {
@@ -28,9 +28,12 @@ fn job(command: &Command, log: &Log) -> Result<()> {
     // First of all: the local time zone can be told only while there is one thread.
     let timestamp = folder::now();
     let interrupt = Interrupt::on_signals()?;
+    let fetcher = Fetcher::new(log, &interrupt);
     let plan = match command {
-        Command::Layer(args) => Plan::layer(args, timestamp)?,
-        Command::Demo(args) => Plan::demo(args, timestamp)?,
+        Command::Layer(args) => Plan::layer(args, timestamp, &fetcher)?,
+        Command::Demo(args) => Plan::demo(args, timestamp, &fetcher)?,
+        Command::Fetch(args) => return preload(args, &fetcher),
+        Command::Doctor(args) => return doctor(args, &fetcher),
     };
     run::run(&plan, log, &interrupt)
 }

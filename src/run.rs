@@ -134,10 +134,13 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
 
 /// Prints the plan and what the dataset holds.
 fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
-    // Opened and dropped: what it made is removed again.
-    drop(Target::prepare(&plan.output)?);
     if let Some(note) = plan.open_tokens()?.note() {
         log.warn(note);
+    }
+    if let Some(files) = plan.texts_to_download() {
+        log.out(plan.to_string().trim_end());
+        log.out(&format!("dataset      {files}"));
+        return Ok(());
     }
     let bar = log.bar("reading texts", Unit::Texts, Some(plan.texts.num_samples as u64));
     let counts = source::count(plan.open_texts()?, interrupt, |counts| bar.set(counts.kept))?;

@@ -1,6 +1,7 @@
 //! The built program in a fresh folder, as a user meets it. One file per question:
 //!
 //! * `help`: what the program says about itself and about a plan
+//! * `doctor`: what it finds, and what stands in the way of a job
 //! * `results`: which files a run writes and what is in them
 //! * `same_bytes`: what must not change a result, and what must
 //! * `screen`: what is printed, and what is kept for the file alone
@@ -16,6 +17,8 @@ mod bad_model;
 mod bad_texts;
 #[path = "cli/dir.rs"]
 mod dir;
+#[path = "cli/doctor.rs"]
+mod doctor;
 #[path = "cli/files.rs"]
 mod files;
 #[path = "cli/help.rs"]

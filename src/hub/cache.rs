@@ -133,6 +133,14 @@ impl Folder {
             .map_err(|error| error.hint("HF_HOME names another place for it"))
     }
 
+    /// Removes what has come so far if that is nothing.
+    pub fn drop_empty(&self, etag: &str) {
+        let path = self.incomplete(etag);
+        if fs::metadata(&path).is_ok_and(|about| about.len() == 0) {
+            let _ = fs::remove_file(path);
+        }
+    }
+
     /// Gives a complete download its name.
     pub fn complete(&self, etag: &str) -> Result<()> {
         let blob = self.blob(etag);

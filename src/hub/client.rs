@@ -1,15 +1,17 @@
 //! Requests: what is asked, who gets the token, what is tried again, and what a refusal means.
 
 use std::fs;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::thread::sleep;
 use std::time::Duration;
 
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
-use ureq::http::{HeaderMap, Response, StatusCode};
+use ureq::http::{HeaderMap, Response};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
+use super::address::{location, origin};
+use super::failure::{Failure, Refusal};
 use super::{RepoSpec, Settings};
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
@@ -23,60 +25,25 @@ const FIRST_WAIT: Duration = Duration::from_millis(300);
 /// Longest wait that a `Retry-After` is obeyed for.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 /// How often a wait looks whether somebody wants to stop.
-const LOOK: Duration = Duration::from_millis(50);
+pub(super) const LOOK: Duration = Duration::from_millis(50);
 /// Redirections followed for one request.
 const REDIRECTS: usize = 10;
 /// Longest answer of the listing: that of a repository with a million files.
 const LISTING_BYTES: u64 = 400 << 20;
-/// What a segment of a path may hold unescaped.
-const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-
-/// A request that gave nothing.
-pub(super) enum Failure {
-    /// No answer, or one that broke off: why.
-    Unreachable(String),
-    /// The hub said no.
-    Refused(Refusal),
-    /// Not the hub's fault, and trying again would not help.
-    Final(Error),
+/// What the hub says of a file.
+pub(super) struct Description {
+    /// Names the content: its hash.
+    pub etag: String,
+    pub bytes: Option<u64>,
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Final(error)
-    }
-}
-
-/// What the hub said instead of what was asked for.
-pub(super) struct Refusal {
-    status: StatusCode,
-    /// `X-Error-Code`: RepoNotFound, RevisionNotFound, EntryNotFound, GatedRepo.
-    code: String,
-    retry_after: Option<Duration>,
-}
-
-impl Refusal {
-    fn read(status: StatusCode, headers: &HeaderMap) -> Self {
-        let retry_after = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
+impl Description {
+    /// `otherwise` is the header of the size where the hub does not speak for a store.
+    fn read(headers: &HeaderMap, otherwise: &str) -> Self {
+        let first = |names: [&str; 2]| names.iter().find_map(|name| header(headers, name));
         Self {
-            status,
-            code: header(headers, "x-error-code").unwrap_or_default(),
-            retry_after: retry_after.map(Duration::from_secs),
-        }
-    }
-
-    fn may_pass(&self) -> bool {
-        matches!(self.status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
-    }
-}
-
-impl Failure {
-    /// Whether it is the hub that is down rather than the request that is wrong.
-    pub fn may_pass(&self) -> bool {
-        match self {
-            Self::Unreachable(_) => true,
-            Self::Refused(refusal) => refusal.may_pass(),
-            Self::Final(_) => false,
+            etag: first(["x-linked-etag", "etag"]).unwrap_or_default(),
+            bytes: first(["x-linked-size", otherwise]).and_then(|text| text.trim().parse().ok()),
         }
     }
 }
@@ -131,19 +98,23 @@ impl Client {
         })
     }
 
-    /// The headers that describe the file at `url`, without its content.
-    pub fn describe(&self, url: &str) -> Result<HeaderMap, Failure> {
+    /// What the hub says of the file at `url`, without its content.
+    pub fn describe(&self, url: &str) -> Result<Description, Failure> {
         self.patiently(TRIES, || {
             let mut url = url.to_owned();
             for _ in 0..REDIRECTS {
                 let answer = self.call("HEAD", &url, 0)?;
+                let next = location(&url, &answer);
                 let described =
                     ["x-linked-etag", "etag"].iter().any(|name| answer.headers().contains_key(*name));
-                match location(&url, &answer) {
-                    // The first answer that names the content speaks for it; a store behind it has etags of its own.
-                    Some(next) if !described => url = next,
-                    Some(_) => return Ok(answer.into_parts().0.headers),
-                    None => return self.accepted(&url, answer).map(|answer| answer.into_parts().0.headers),
+                match next {
+                    // What the hub says before it sends us to a store is what counts: a store has etags of its own.
+                    Some(next) if self.is_hub(&next) || !described => url = next,
+                    Some(_) => return Ok(Description::read(answer.headers(), "x-linked-size")),
+                    None => {
+                        let answer = self.accepted(&url, answer)?;
+                        return Ok(Description::read(answer.headers(), "content-length"));
+                    }
                 }
             }
             Err(Failure::Unreachable("too many redirections".into()))
@@ -176,7 +147,20 @@ impl Client {
         if let Some(token) = self.settings.token.as_ref().filter(|_| self.is_hub(url)) {
             request = request.header("authorization", format!("Bearer {}", token.secret));
         }
-        request.call().map_err(|cause| Failure::Unreachable(cause.to_string()))
+        // On a thread of its own: a hub that falls silent must not keep a wish to stop waiting.
+        let (sender, answer) = sync_channel(1);
+        let ask = move || drop(sender.send(request.call()));
+        std::thread::Builder::new()
+            .name("hub".into())
+            .spawn(ask)
+            .context("cannot start a thread to ask the hub")?;
+        loop {
+            match answer.recv_timeout(LOOK) {
+                Ok(answer) => return answer.map_err(|cause| Failure::Unreachable(reason(&cause))),
+                Err(RecvTimeoutError::Timeout) => self.interrupt.check()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Unreachable("no answer".into())),
+            }
+        }
     }
 
     fn is_hub(&self, url: &str) -> bool {
@@ -240,65 +224,15 @@ impl Client {
 
     /// A failure in words. `file` is what was asked for in the repository, if not the repository itself.
     pub fn explain(&self, failure: Failure, repo: &RepoSpec, file: Option<&str>) -> Error {
-        let endpoint = &self.settings.endpoint;
-        let (noun, id, page) = (repo.kind.noun(), &repo.id, repo.page(endpoint));
-        let place = file.map_or_else(|| page.clone(), |file| format!("{page}, file {file}"));
-        let refusal = match failure {
-            Failure::Final(error) => return error,
-            Failure::Unreachable(cause) => {
-                return Error::new("the hub cannot be reached").at(place).expected("an answer").found(cause).hint(
-                    format!(
-                        "on a machine without internet, run `gradlens fetch` with the same flags elsewhere and copy \
-                         the cache (HF_HOME); HF_ENDPOINT names another hub than {endpoint}"
-                    ),
-                );
-            }
-            Failure::Refused(refusal) => refusal,
-        };
-        let status = refusal.status;
-        let found =
-            if refusal.code.is_empty() { status.to_string() } else { format!("{status}, {}", refusal.code) };
-        let token = self.settings.token.as_ref();
-        let login = match token {
-            None => {
-                "set HF_TOKEN to a token of an account that may see it (or run `hf auth login`)".to_owned()
-            }
-            Some(token) => format!("the token of {} is not allowed to see it: use another one", token.origin),
-        };
-        let error = |what: String| Error::new(what).at(&place).found(&found);
-        match (status.as_u16(), refusal.code.as_str()) {
-            (401 | 403, "GatedRepo") => {
-                error(format!("the {noun} {id} is gated: its licence must be accepted first"))
-                    .expected("an account that was granted access")
-                    .hint(format!(
-                        "accept the licence at {page}, then {}",
-                        match token {
-                            None =>
-                                "set HF_TOKEN to a token of that account (or run `hf auth login`)".to_owned(),
-                            Some(token) =>
-                                format!("make sure that the token of {} is of that account", token.origin),
-                        }
-                    ))
-            }
-            (404, "RevisionNotFound") => error(format!("the {noun} {id} has no such revision"))
-                .expected("a branch, a tag or a full commit hash")
-                .found(format!("{:?} ({status})", repo.revision))
-                .hint(format!("see {page}/commits/main")),
-            (404, "EntryNotFound") => error(format!("the {noun} {id} has no such file")),
-            // Without a good token the hub does not tell what is missing from what is private.
-            (401, "RepoNotFound" | "") | (404, _) => error(format!("the hub shows no {noun} {id}"))
-                .expected(format!("the id of a {noun} on {endpoint}, or a path on this machine"))
-                .hint(format!("check the spelling; if it is private, {login}")),
-            (401 | 403, _) => {
-                error(format!("the hub does not give out the {noun} {id}")).expected("permission").hint(login)
-            }
-            (429, _) => error("the hub has had too many requests".into())
-                .expected("an answer")
-                .hint("wait a few minutes; with HF_TOKEN set, more requests are allowed"),
-            _ => error("the hub failed to answer".into())
-                .expected("an answer")
-                .hint("try again later; what is downloaded already is kept"),
-        }
+        failure.explain(&self.settings, repo, file)
+    }
+}
+
+/// What went wrong, without the word `io: ` before what the system says.
+fn reason(cause: &ureq::Error) -> String {
+    match cause {
+        ureq::Error::Io(cause) => cause.to_string(),
+        other => other.to_string(),
     }
 }
 
@@ -325,67 +259,4 @@ fn certificates(path: &std::path::Path) -> Result<Vec<Certificate<'static>>> {
 /// A header's text.
 pub(super) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
-}
-
-/// Escapes a path, segment by segment.
-pub(super) fn escape(path: &str) -> String {
-    path.split('/').map(escape_all).collect::<Vec<_>>().join("/")
-}
-
-/// Escapes slashes too: a revision is one segment.
-pub(super) fn escape_all(text: &str) -> String {
-    utf8_percent_encode(text, SEGMENT).to_string()
-}
-
-/// Scheme and host, with the port.
-fn origin(url: &str) -> &str {
-    let start = url.find("://").map_or(0, |at| at + 3);
-    let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
-    &url[..end]
-}
-
-/// Where an answer sends us, as a whole address.
-fn location(url: &str, answer: &Response<Body>) -> Option<String> {
-    if !answer.status().is_redirection() {
-        return None;
-    }
-    let location = header(answer.headers(), "location")?;
-    Some(if location.contains("://") {
-        location
-    } else if let Some(rest) = location.strip_prefix("//") {
-        let scheme = url.split("://").next().unwrap_or("https");
-        format!("{scheme}://{rest}")
-    } else if location.starts_with('/') {
-        format!("{}{location}", origin(url))
-    } else {
-        let folder = url.rsplit_once('/').map_or(url, |(folder, _)| folder);
-        format!("{folder}/{location}")
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn origins_and_escapes() {
-        assert_eq!(origin("http://127.0.0.1:80/a/b"), "http://127.0.0.1:80");
-        assert_eq!(origin("https://huggingface.co"), "https://huggingface.co");
-        assert_eq!(origin("https://x?y"), "https://x");
-        assert_ne!(origin("http://127.0.0.1:81/"), origin("http://127.0.0.1:80/"));
-        assert_eq!(escape("a b/c#d.json"), "a%20b/c%23d.json");
-        assert_eq!(escape_all("refs/pr/1"), "refs%2Fpr%2F1");
-    }
-
-    #[test]
-    fn redirections_become_addresses() {
-        let to = |location: &str| {
-            let answer = Response::builder().status(302).header("location", location);
-            super::location("https://hub/a/b?c", &answer.body(Body::builder().data("")).unwrap()).unwrap()
-        };
-        assert_eq!(to("/x/y"), "https://hub/x/y");
-        assert_eq!(to("//cdn/x"), "https://cdn/x");
-        assert_eq!(to("http://cdn:1/x?s=1"), "http://cdn:1/x?s=1");
-        assert_eq!(to("c"), "https://hub/a/c");
-    }
 }

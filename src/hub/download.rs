@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 
+use super::address::{escape, escape_all};
 use super::cache::blob_name;
-use super::client::{Failure, escape, escape_all, header};
+use super::client::{LOOK, header};
+use super::failure::Failure;
 use super::{Progress, Repo};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::units::{size, thousands};
 
 /// Files that come at a time: one connection seldom fills a line.
@@ -18,6 +21,8 @@ const AT_A_TIME: usize = 4;
 /// Attempts at a file that brought nothing new.
 const TRIES: u32 = 5;
 const BUFFER_BYTES: usize = 1 << 18;
+/// Buffers that wait to be written.
+const BUFFERS_AHEAD: usize = 4;
 
 /// A file to bring.
 pub(super) struct Wanted {
@@ -50,6 +55,10 @@ pub(super) fn bring(repo: &Repo, wanted: &[Wanted], progress: &dyn Progress) -> 
         }
     });
     match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) if matches!(error.kind(), Kind::Interrupted { .. }) => {
+            let [done, all] = [transfer.done.into_inner(), all].map(size);
+            Err(error.found(format!("{done} of {all} downloaded; the next run goes on from there")))
+        }
         Some(error) => Err(error),
         None => Ok(()),
     }
@@ -67,7 +76,7 @@ fn enough_space(repo: &Repo, wanted: &[Wanted]) -> Result<()> {
         1 => "1 file".to_owned(),
         n => format!("{} files", thousands(n as u64)),
     };
-    Err(Error::new(format!("not enough room to download {}", repo.spec.id))
+    Err(Error::new(format!("not enough disk space to download {}", repo.spec.id))
         .at_path(cache)
         .expected(format!("{} for {files}", size(needed)))
         .found(format!("{} free", size(free)))
@@ -100,12 +109,9 @@ impl Transfer<'_> {
         let url = format!("{endpoint}/{kind}{}/resolve/{revision}/{}", spec.id, escape(path));
         let explain = |failure| hub.client().explain(failure, spec, Some(path));
 
-        let headers = hub.client().describe(&url).map_err(explain)?;
-        let etag = ["x-linked-etag", "etag"].iter().find_map(|name| header(&headers, name));
-        let etag = blob_name(&etag.unwrap_or_default()).map_err(|error| error.at(&url))?;
-        let length = ["x-linked-size", "content-length"].iter().find_map(|name| header(&headers, name));
-        let length = length.and_then(|text| text.trim().parse().ok());
-        let Some(expected) = wanted.bytes.or(length) else {
+        let about = hub.client().describe(&url).map_err(explain)?;
+        let etag = blob_name(&about.etag).map_err(|error| error.at(&url))?;
+        let Some(expected) = wanted.bytes.or(about.bytes) else {
             return Err(Error::new("the hub does not say how large a file is").at(&url));
         };
         if !folder.blob(&etag).is_file() {
@@ -113,7 +119,7 @@ impl Transfer<'_> {
             let _lock = folder.lock(&etag, hub.interrupt(), waiting)?;
             // Whoever held the lock may have brought it.
             if !folder.blob(&etag).is_file() {
-                self.content(&url, path, &etag, expected)?;
+                self.content(&url, path, &etag, expected).inspect_err(|_| folder.drop_empty(&etag))?;
                 folder.complete(&etag)?;
                 return folder.link(commit, path, &etag);
             }
@@ -171,31 +177,40 @@ impl Transfer<'_> {
     fn stream(&self, url: &str, coming: &mut Coming, expected: u64) -> Result<(), Failure> {
         let interrupt = self.repo.hub.interrupt();
         let answer = self.repo.hub.client().get(url, coming.have)?;
+        if let Some(all) = all_bytes(&answer).filter(|&all| all != expected) {
+            return Err(Failure::Final(
+                Error::new("a file on the hub is not as large as the hub says")
+                    .at(url)
+                    .expected(format!("{} bytes", thousands(expected)))
+                    .found(format!("{} bytes", thousands(all)))
+                    .hint("try again; if it stays so, a proxy on the way may change downloads"),
+            ));
+        }
         // A store that ignores the range sends everything.
         if coming.have > 0 && first_byte(&answer) != Some(coming.have) {
             self.advance(-(coming.have as i64));
             coming.restart().context("cannot write to the cache of the hub")?;
         }
         let before = coming.have;
-        let mut body = answer.into_body().into_reader();
-        let mut buffer = vec![0; BUFFER_BYTES];
+        let arriving = read_ahead(answer.into_body().into_reader());
         loop {
             interrupt.check()?;
             if self.failed.load(Ordering::Relaxed) {
                 return Err(Error::new("another file failed").into());
             }
-            let read = match body.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(read) => read,
-                Err(cause) => return Err(Failure::Unreachable(cause.to_string())),
+            let bytes = match arriving.recv_timeout(LOOK) {
+                Ok(Ok(bytes)) => bytes,
+                Ok(Err(cause)) => return Err(Failure::Unreachable(cause.to_string())),
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => break,
             };
-            coming.push(&buffer[..read]).map_err(|cause| {
+            coming.push(&bytes).map_err(|cause| {
                 Error::new("a download cannot be written to the cache of the hub")
                     .at_path(&self.repo.hub.settings().cache)
                     .found(cause)
                     .hint("make room, or set HF_HOME to another folder; what came so far is kept")
             })?;
-            self.advance(read as i64);
+            self.advance(bytes.len() as i64);
             if coming.have > expected {
                 return Ok(());
             }
@@ -248,6 +263,37 @@ impl Coming {
             hash.update(bytes);
         }
         Ok(())
+    }
+}
+
+/// The bytes of `body`, read on a thread of their own: a connection that falls silent must not keep a wish to stop
+/// waiting. The thread ends with the body or, once nobody listens, with the next bytes or the timeout.
+fn read_ahead(mut body: impl Read + Send + 'static) -> Receiver<std::io::Result<Vec<u8>>> {
+    let (sender, arriving) = sync_channel(BUFFERS_AHEAD);
+    let read = move || {
+        loop {
+            let mut buffer = vec![0; BUFFER_BYTES];
+            let read = body.read(&mut buffer).map(|read| {
+                buffer.truncate(read);
+                buffer
+            });
+            let last = read.as_ref().map_or(true, Vec::is_empty);
+            // An empty buffer is the end, which the hung-up channel tells.
+            if read.as_ref().is_ok_and(Vec::is_empty) || sender.send(read).is_err() || last {
+                return;
+            }
+        }
+    };
+    // Without a thread the channel hangs up at once: the attempt brought nothing, and is made again.
+    let _ = std::thread::Builder::new().name("download".into()).spawn(read);
+    arriving
+}
+
+/// Bytes of the whole file, of which an answer may be a part.
+fn all_bytes(answer: &ureq::http::Response<ureq::Body>) -> Option<u64> {
+    match answer.status().as_u16() {
+        206 => header(answer.headers(), "content-range")?.rsplit_once('/')?.1.trim().parse().ok(),
+        _ => header(answer.headers(), "content-length")?.trim().parse().ok(),
     }
 }
 

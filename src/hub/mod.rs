@@ -9,9 +9,11 @@
 //! ranges sends; 1.0 starts again where a download broke off, takes the page of an error for the file, and brings
 //! 297 crates. Neither works offline by itself. The HTTP client is `ureq`, as in 0.5.
 
+mod address;
 mod cache;
 mod client;
 mod download;
+mod failure;
 mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,9 +26,11 @@ pub use settings::{Settings, Token};
 
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
+use address::{escape, escape_all};
 use cache::{Folder, is_commit, is_inside};
-use client::{Client, escape, escape_all};
+use client::Client;
 use download::{Wanted, bring};
+use failure::Failure;
 
 /// Files named in an error at most.
 const NAMED: usize = 10;
@@ -181,9 +185,9 @@ impl Hub {
         let answer = self.client().get(&self.settings().endpoint, 0);
         match answer {
             // Whatever it says, it is there.
-            Ok(_) | Err(client::Failure::Refused(_)) => Ok(()),
-            Err(client::Failure::Unreachable(cause)) => Err(cause),
-            Err(client::Failure::Final(error)) => Err(error.to_string()),
+            Ok(_) | Err(Failure::Refused(_)) => Ok(()),
+            Err(Failure::Unreachable(cause)) => Err(cause),
+            Err(Failure::Final(error)) => Err(error.to_string()),
         }
     }
 
@@ -222,8 +226,9 @@ impl Hub {
                 let error = self.client().explain(failure, spec, None);
                 let Some(mut repo) = cached else { return Err(error) };
                 repo.note = Some(format!(
-                    "{}: {} is taken from the cache as it was fetched last (commit {})",
+                    "{} at {}: {} is taken from the cache as it was fetched last (commit {})",
                     error.what(),
+                    self.settings().endpoint,
                     spec.id,
                     &repo.commit[..12]
                 ));
@@ -294,6 +299,16 @@ impl Repo {
         self.files.contains_key(path)
     }
 
+    /// Whether [`files`](Self::files) are all that it has, and not only those in the cache.
+    pub fn is_listed(&self) -> bool {
+        self.listed
+    }
+
+    /// Size of a file in bytes, where the hub listed it.
+    pub fn bytes(&self, path: &str) -> Option<u64> {
+        self.files.get(path).copied().flatten()
+    }
+
     /// Whether nobody can tell if it has this file: there was no listing, it is not in the cache, and nobody asked
     /// for it before.
     pub fn is_uncertain(&self, path: &str) -> bool {
@@ -314,9 +329,7 @@ impl Repo {
     fn wanted(&self, paths: &[impl AsRef<str>]) -> Vec<Wanted> {
         let paths: BTreeSet<&str> = paths.iter().map(AsRef::as_ref).collect();
         let missing = paths.into_iter().filter(|path| self.folder.file(&self.commit, path).is_none());
-        missing
-            .map(|path| Wanted { path: path.to_owned(), bytes: self.files.get(path).copied().flatten() })
-            .collect()
+        missing.map(|path| Wanted { path: path.to_owned(), bytes: self.bytes(path) }).collect()
     }
 
     /// Makes sure that these files are in [`snapshot`](Self::snapshot).

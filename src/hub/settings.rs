@@ -103,7 +103,10 @@ fn check_endpoint(endpoint: &str) -> Result<String> {
     Err(Error::usage("the address of the hub cannot be used")
         .at("HF_ENDPOINT")
         .expected(format!("an address like {ENDPOINT}"))
-        .found(format!("{endpoint:?}")))
+        .found(match endpoint.contains('@') {
+            true => "an address with a user or a password, which are not shown".to_owned(),
+            false => format!("{endpoint:?}"),
+        }))
 }
 
 /// The token of the environment, else of the file that `hf auth login` writes.

@@ -8,9 +8,9 @@ use super::progress::{Bar, Screen, Unit};
 /// The copy stops growing here: it holds our own lines, so a larger one means a fault elsewhere.
 const KEPT_BYTES: usize = 8 << 20;
 
-/// Prints lines and remembers them. Shared by reference; the lines of several threads do not mix, and bars make room
+/// Prints lines and remembers them. Clones share both; the lines of several threads do not mix, and bars make room
 /// for them. What bars draw is not remembered: it belongs on the terminal only.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Log {
     lines: Arc<Lines>,
     /// Where progress is shown.

@@ -1,11 +1,12 @@
 //! The demo's model, tokenizer and corpus, embedded so that `gradlens demo` works wherever the program does.
 
-use super::{Files, Plan};
+use super::Plan;
+use super::checkpoint::ModelFiles;
 
 impl Plan {
     /// Whether this is the plan of `gradlens demo`, which explains more than other runs do.
     pub fn is_demo(&self) -> bool {
-        matches!(self.files, Files::Embedded(_))
+        matches!(self.files, ModelFiles::Embedded(_))
     }
 }
 

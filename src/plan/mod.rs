@@ -1,36 +1,37 @@
 //! Arguments and file headers → [`Plan`]: resolved, checked, printable; nothing has been computed yet.
 
+mod checkpoint;
+mod corpus;
 mod demo;
+mod doctor;
+mod fetch;
 mod layers;
+mod machine;
 mod memory;
+mod preload;
 mod show;
-
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use time::PrimitiveDateTime;
 
 pub use demo::Embedded;
+pub use doctor::doctor;
+pub use fetch::Fetcher;
 pub use memory::Memory;
+pub use preload::preload;
 
 use crate::backend::cpu::Cpu;
-use crate::cli::{AggregateBy, DemoArgs, DtypeArg, LayerArgs};
+use crate::cli::{AggregateBy, DemoArgs, DtypeArg, LayerArgs, ModelArgs, TextArgs};
 use crate::engine::{EngineSpec, LossReduction};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::model::{Config, Spec, Tensor, describe};
-use crate::output::OutputSpec;
 use crate::output::folder::{FolderName, layers_label};
+use crate::output::{OutputSpec, Target};
 use crate::source::{PassSpec, TextSpec, Texts, Tokens};
 use crate::stats::Direction;
 use crate::transform::{AggregationMode, NormaliseMode, TransformSpec, power};
-use crate::weights::Checkpoint;
-
-/// Where the model's files come from.
-#[derive(Clone, Debug)]
-enum Files {
-    Folder(PathBuf),
-    Embedded(Embedded),
-}
+use checkpoint::ModelFiles;
+use corpus::Corpus;
+use machine::{free_memory, num_cores};
 
 /// A layer analysis, ready to run: every stage's input, and what the user should know before it starts.
 pub struct Plan {
@@ -40,8 +41,10 @@ pub struct Plan {
     pub config: Config,
     /// What to compute.
     pub spec: Spec,
-    /// The weights, where they lie, in the order of `spec.weights`.
+    /// The weights, where they lie, in the order of `spec.weights`; none where a dry run leaves them on the hub.
     pub tensors: Vec<Tensor>,
+    /// Bytes of the weights, here or on the hub.
+    pub weight_bytes: u64,
     /// Which texts.
     pub texts: TextSpec,
     /// Longest sample, in tokens.
@@ -70,35 +73,36 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// Said before the run starts, for what is not a fault.
     pub notes: Vec<String>,
-    files: Files,
+    files: ModelFiles,
+    corpus: Corpus,
+    fetcher: Fetcher,
 }
 
 impl Plan {
-    /// The plan of `gradlens layer`. `timestamp` is the start of the run.
+    /// The plan of `gradlens layer`. `timestamp` is the start of the run. What is on the hub is brought here, but for
+    /// the texts, which come when they are read; for a dry run only what is small is brought.
     ///
     /// # Errors
     /// Whatever can be wrong before a text is read: arguments, the configuration, weights that are missing or
-    /// have another shape, layers the model does not have.
-    pub fn layer(args: &LayerArgs, timestamp: PrimitiveDateTime) -> Result<Self> {
-        let Some(dataset) = &args.dataset else {
-            return Err(Error::usage("no dataset given")
-                .at("--dataset")
-                .expected("a .jsonl, .json or .txt file, or a folder of these")
-                .hint("gradlens reads local files: --dataset texts.jsonl, one {\"text\": …} per line"));
-        };
-        let files = Files::Folder(model_folder(&args.model_name)?);
-        Self::resolve(args, files, args.model_name.clone(), dataset.clone(), timestamp)
+    /// have another shape, layers the model does not have, a model or a dataset that the hub does not give out.
+    pub fn layer(args: &LayerArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
+        Self::resolve(args, None, timestamp, fetcher)
     }
 
     /// The plan of `gradlens demo`: gradients, and with them values, of the embedded model on its corpus.
-    pub fn demo(args: &DemoArgs, timestamp: PrimitiveDateTime) -> Result<Self> {
+    pub fn demo(args: &DemoArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
         let layer = LayerArgs {
-            model_name: demo::DEMO.name.into(),
+            model: ModelArgs { model_name: demo::DEMO.name.into(), revision: "main".into() },
             layers: None,
-            dataset: None,
-            text_column: "text".into(),
-            min_chars: 50,
-            num_samples: args.num_samples,
+            texts: TextArgs {
+                dataset: demo::DEMO.corpus_name.into(),
+                dataset_config: None,
+                dataset_split: None,
+                dataset_revision: None,
+                text_column: "text".into(),
+                min_chars: 50,
+                num_samples: args.num_samples,
+            },
             max_length: 128,
             aggregate_by: AggregateBy::Gradients,
             aggregation_mode: AggregationMode::Both,
@@ -118,21 +122,20 @@ impl Plan {
             tokens_per_pass: None,
             memory: None,
         };
-        let corpus = demo::DEMO.corpus_name.into();
-        Self::resolve(&layer, Files::Embedded(demo::DEMO), layer.model_name.clone(), corpus, timestamp)
+        Self::resolve(&layer, Some(demo::DEMO), timestamp, fetcher)
     }
 
     fn resolve(
         args: &LayerArgs,
-        files: Files,
-        model_name: String,
-        dataset: PathBuf,
+        embedded: Option<Embedded>,
         timestamp: PrimitiveDateTime,
+        fetcher: &Fetcher,
     ) -> Result<Self> {
+        let (model_name, num_samples) = (&args.model.model_name, args.texts.num_samples);
         let mut warnings = Vec::new();
         let mut notes = Vec::new();
         check_device(args)?;
-        at_least_one("--num_samples", args.num_samples)?;
+        at_least_one("--num_samples", num_samples)?;
         at_least_one("--batch_size", args.batch_size)?;
         at_least_one("--max_length", args.max_length)?;
         for (flag, tokens) in
@@ -161,17 +164,51 @@ impl Plan {
             notes.push(format!("Using first power value: {}", crate::output::python::float_repr(first)));
         }
 
+        // From what is small to what is large, so that a slip is found before anything large is downloaded.
+        let files = match embedded {
+            Some(demo) => ModelFiles::Embedded(demo),
+            None => ModelFiles::find(&args.model, fetcher)?,
+        };
         let config = files.config()?;
         let spec = describe(&config);
         let layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
-        let checkpoint = files.checkpoint()?;
-        let tensors = checkpoint.load(&spec.weights)?;
-        let unused = checkpoint.unused(&spec.weights);
-        if let Some(first) = unused.first() {
-            warnings.push(format!(
-                "the checkpoint holds {} tensors the model does not use, {first} among them",
-                unused.len()
-            ));
+        let corpus = match embedded {
+            Some(demo) => Corpus::Embedded(demo),
+            None => Corpus::find(&args.texts, fetcher)?,
+        };
+        let label = layers_label(args.layers.as_deref(), config.num_layers);
+        let folder = FolderName {
+            model_name,
+            num_samples,
+            batch_size: args.batch_size,
+            layers: &label,
+            power: powers.first().copied(),
+            timestamp,
+        };
+        let output = OutputSpec {
+            output_dir: args.output_dir.clone(),
+            save_outputs: args.save_outputs,
+            save_consolidated: args.save_consolidated.clone(),
+            folder_name: folder.render(),
+        };
+        // Opened and dropped: what it made is removed again.
+        drop(Target::prepare(&output)?);
+        if !args.dry_run {
+            files.fetch_weights(fetcher)?;
+        }
+        let mut tensors = Vec::new();
+        let mut weight_bytes = files.listed_weight_bytes();
+        if files.missing_weights() == (0, 0) {
+            let checkpoint = files.checkpoint()?;
+            tensors = checkpoint.load(&spec.weights)?;
+            weight_bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+            let unused = checkpoint.unused(&spec.weights);
+            if let Some(first) = unused.first() {
+                warnings.push(format!(
+                    "the checkpoint holds {} tensors the model does not use, {first} among them",
+                    unused.len()
+                ));
+            }
         }
         if args.max_length > config.max_position_embeddings {
             warnings.push(format!(
@@ -194,27 +231,18 @@ impl Plan {
                 tokens_per_pass: args.tokens_per_pass,
                 max_length: args.max_length,
                 max_positions: config.max_position_embeddings,
-                num_samples: args.num_samples,
-                weight_bytes: tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum(),
+                num_samples,
+                weight_bytes,
                 free_bytes,
                 budget_bytes,
             },
         );
-        let label = layers_label(args.layers.as_deref(), config.num_layers);
-        let folder = FolderName {
-            model_name: &model_name,
-            num_samples: args.num_samples,
-            batch_size: args.batch_size,
-            layers: &label,
-            power: powers.first().copied(),
-            timestamp,
-        };
         Ok(Self {
             texts: TextSpec {
-                dataset,
-                text_column: args.text_column.clone(),
-                min_chars: args.min_chars,
-                num_samples: args.num_samples,
+                dataset: corpus.name().to_owned(),
+                text_column: args.texts.text_column.clone(),
+                min_chars: args.texts.min_chars,
+                num_samples,
             },
             max_length: args.max_length,
             batch_size: args.batch_size,
@@ -236,47 +264,42 @@ impl Plan {
                 normalise,
                 power: powers.first().copied(),
             },
-            output: OutputSpec {
-                output_dir: args.output_dir.clone(),
-                save_outputs: args.save_outputs,
-                save_consolidated: args.save_consolidated.clone(),
-                folder_name: folder.render(),
-            },
+            output,
             threads: args.threads.unwrap_or_else(num_cores),
             memory,
             dry_run: args.dry_run,
             timestamp,
             warnings,
             notes,
-            model_name,
+            model_name: model_name.clone(),
             config,
             spec,
             tensors,
+            weight_bytes,
             files,
+            corpus,
+            fetcher: fetcher.clone(),
         })
     }
 
-    /// Opens the dataset.
+    /// Opens the dataset. Of one on the hub, files come when they are read.
     pub fn open_texts(&self) -> Result<Texts> {
-        match &self.files {
-            Files::Folder(_) => Texts::open(&self.texts),
-            Files::Embedded(demo) => Texts::from_bytes(demo.corpus_name, demo.corpus, &self.texts),
-        }
+        self.corpus.open(&self.texts, &self.fetcher)
     }
 
     /// Loads the tokenizer.
     pub fn open_tokens(&self) -> Result<Tokens> {
-        let vocab = self.config.vocab_size;
-        match &self.files {
-            Files::Folder(folder) => Tokens::open(folder, self.max_length, vocab),
-            Files::Embedded(demo) => Tokens::from_bytes(
-                demo.tokenizer,
-                Some(demo.tokenizer_config),
-                Some(demo.config.as_bytes()),
-                self.max_length,
-                vocab,
-            ),
-        }
+        self.files.tokens(self.max_length, self.config.vocab_size)
+    }
+
+    /// The commit of the model on the hub.
+    pub fn model_commit(&self) -> Option<&str> {
+        self.files.commit()
+    }
+
+    /// Config, split and commit of the dataset on the hub.
+    pub fn dataset_origin(&self) -> Option<(Option<&str>, &str, &str)> {
+        self.corpus.origin()
     }
 
     /// The device, as metadata names it.
@@ -288,54 +311,6 @@ impl Plan {
     pub fn dtype(&self) -> &'static str {
         "float32"
     }
-}
-
-impl Files {
-    fn config(&self) -> Result<Config> {
-        match self {
-            Self::Folder(folder) => {
-                let path = folder.join("config.json");
-                let text = fs::read_to_string(&path).map_err(|cause| {
-                    Error::new("the model's configuration cannot be read")
-                        .at_path(&path)
-                        .expected("config.json of a Hugging Face checkpoint")
-                        .found(cause)
-                        .hint("--model_name wants the folder that holds config.json and *.safetensors")
-                })?;
-                Config::from_json(&text, &path)
-            }
-            Self::Embedded(demo) => Config::from_json(demo.config, Path::new("config.json of the demo")),
-        }
-    }
-
-    fn checkpoint(&self) -> Result<Checkpoint> {
-        match self {
-            Self::Folder(folder) => Checkpoint::open(folder),
-            Self::Embedded(demo) => Checkpoint::from_bytes(demo.name, demo.weights),
-        }
-    }
-}
-
-fn model_folder(model_name: &str) -> Result<PathBuf> {
-    let folder = PathBuf::from(model_name);
-    if folder.is_dir() {
-        return Ok(folder);
-    }
-    let error = Error::new("the model is not a folder on this machine")
-        .at(format!("--model_name {model_name}"))
-        .expected("a folder with config.json, tokenizer.json and *.safetensors");
-    if folder.exists() {
-        return Err(error.found("a file").hint("give the folder that holds it"));
-    }
-    let error = error.found("no such folder");
-    // owner/name is the form of a hub id; paths that start at the root or with a dot are none.
-    let is_part = |part: &str| !part.is_empty() && !part.starts_with('.');
-    Err(match model_name.split_once('/') {
-        Some((owner, name)) if is_part(owner) && is_part(name) && !name.contains('/') => error.hint(format!(
-            "if it is a hub id, `hf download {model_name} --local-dir FOLDER` first, and give --model_name FOLDER"
-        )),
-        _ => error.hint("check the path"),
-    })
 }
 
 fn check_device(args: &LayerArgs) -> Result<()> {
@@ -390,23 +365,4 @@ fn budget(gib: Option<f64>, free_bytes: u64) -> Result<u64> {
             .expected("GiB, more than 0")
             .found(gib)),
     }
-}
-
-/// Bytes of memory that are free now, inside the limits of the control group a cluster job runs in.
-fn free_memory() -> Result<u64> {
-    let mut system = sysinfo::System::new().context("cannot tell how much memory is free")?;
-    system.refresh_memory();
-    let own = sysinfo::get_current_pid().ok();
-    if let Some(pid) = own {
-        system.refresh_processes(sysinfo::ProcessesToUpdate::Some(&[pid]), true);
-    }
-    // Of the limit, what this process and its siblings hold; pages of mapped files can be dropped and do not count.
-    let limit = own
-        .and_then(|pid| system.process(pid)?.cgroup_limits())
-        .map_or(u64::MAX, |limits| limits.total_memory.saturating_sub(limits.rss));
-    Ok(system.available_memory().min(limit))
-}
-
-fn num_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }

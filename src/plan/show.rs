@@ -11,9 +11,11 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let c = &self.config;
         let mut row = |name: &str, text: String| writeln!(f, "{name:<13}{text}");
-        row("model", format!("{} ({})", self.model_name, c.model_type))?;
+        let commit =
+            self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
+        row("model", format!("{} ({}{commit})", self.model_name, c.model_type))?;
         row("parameters", thousands(self.spec.num_parameters()))?;
-        row("weights", format!("{} as {}, mapped", size(self.weight_bytes()), self.weight_types()))?;
+        row("weights", self.weights())?;
         row(
             "shape",
             format!(
@@ -36,8 +38,9 @@ impl fmt::Display for Plan {
         row(
             "texts",
             format!(
-                "{}, up to {} with more than {} characters, cut to {} tokens",
+                "{}{}, up to {} with more than {} characters, cut to {} tokens",
                 self.texts.dataset.display(),
+                self.part_of_dataset(),
                 thousands(self.texts.num_samples as u64),
                 self.texts.min_chars,
                 thousands(self.max_length as u64)
@@ -71,8 +74,34 @@ impl fmt::Display for Plan {
 }
 
 impl Plan {
-    fn weight_bytes(&self) -> u64 {
-        self.tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum()
+    fn weights(&self) -> String {
+        let bytes = size(self.weight_bytes);
+        match self.files.missing_weights() {
+            (0, _) => format!("{bytes} as {}, mapped", self.weight_types()),
+            (1, _) => format!("{bytes} in 1 file, to be downloaded"),
+            (files, missing) => format!("{bytes} in {files} files, {} to be downloaded", size(missing)),
+        }
+    }
+
+    /// ` (wikitext-2-raw-v1, train)` of a dataset on the hub.
+    fn part_of_dataset(&self) -> String {
+        match self.corpus.origin() {
+            None => String::new(),
+            Some((config, split, _)) => {
+                format!(" ({})", config.into_iter().chain([split]).collect::<Vec<_>>().join(", "))
+            }
+        }
+    }
+
+    /// What the dataset's files take, where they are not here yet: for a dry run.
+    pub fn texts_to_download(&self) -> Option<String> {
+        match self.corpus.missing() {
+            (0, _) => None,
+            (1, bytes) => Some(format!("1 file, {}, to be downloaded", size(bytes))),
+            (files, bytes) => {
+                Some(format!("{files} files, {}, to be downloaded as far as needed", size(bytes)))
+            }
+        }
     }
 
     fn weight_types(&self) -> String {

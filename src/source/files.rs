@@ -186,6 +186,11 @@ fn unknown_kind(name: &str) -> Error {
         .hint(CONVERT)
 }
 
+/// Whether a file of this name is one of those that are read.
+pub fn is_readable(name: &str) -> bool {
+    kind_of(name).is_some()
+}
+
 /// The format that a file's name announces, and whether it is packed.
 pub(super) fn kind_of(name: &str) -> Option<(Format, bool)> {
     let name = name.to_ascii_lowercase();

@@ -21,6 +21,7 @@ mod thrift;
 mod tokens;
 mod wait;
 
+pub use files::is_readable;
 pub use layout::{Chosen, files_of};
 pub use pack::{Pass, PassSpec, Passes, SourceCounts};
 pub use text::{TextCounts, TextSpec, Texts, nothing_kept};

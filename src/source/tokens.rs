@@ -1,5 +1,6 @@
 //! Texts → token ids, equal to those of transformers' `AutoTokenizer(text, truncation=True, max_length=…)`.
 
+use std::fmt::Display;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -30,14 +31,22 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Loads the tokenizer of a model folder: tokenizer.json, and where they exist tokenizer_config.json, config.json,
-    /// special_tokens_map.json and added_tokens.json, which have a say in it. Samples are cut to `max_length` tokens,
+    /// The file that holds a tokenizer.
+    pub const FILE: &'static str = "tokenizer.json";
+    /// Files that have a say in it where they exist, besides the model's config.json.
+    pub const OPTIONAL_FILES: [&'static str; 3] =
+        ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+
+    /// Loads the tokenizer of a model folder: [`FILE`](Self::FILE), config.json and, where they exist, the
+    /// [`OPTIONAL_FILES`](Self::OPTIONAL_FILES). Samples are cut to `max_length` tokens,
     /// special tokens included; `vocab_size` is V of the model.
     pub fn open(folder: &Path, max_length: usize, vocab_size: usize) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(Self::FILE);
         let tokenizer = match std::fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Err(no_tokenizer(folder)),
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Self::missing(folder.display(), |file| folder.join(file).is_file()));
+            }
             Err(cause) => {
                 return Err(Error::new("cannot read the tokenizer").at_path(path).found(cause));
             }
@@ -53,9 +62,9 @@ impl Tokens {
         let name = path.display().to_string();
         let files = Files {
             tokenizer: object(&tokenizer, &name)?,
-            config: optional("tokenizer_config.json")?,
-            special_tokens: optional("special_tokens_map.json")?,
-            added_tokens: optional("added_tokens.json")?,
+            config: optional(Self::OPTIONAL_FILES[0])?,
+            special_tokens: optional(Self::OPTIONAL_FILES[1])?,
+            added_tokens: optional(Self::OPTIONAL_FILES[2])?,
             model: optional("config.json")?,
         };
         Self::of(files, name, max_length, vocab_size)
@@ -119,6 +128,17 @@ impl Tokens {
         Ok(Self { tokenizer, vocab_size, name, note })
     }
 
+    /// The error for a model at `place` without a tokenizer, with advice after what it has instead.
+    pub fn missing(place: impl Display, has: impl Fn(&str) -> bool) -> Error {
+        let error = Error::new("the model has no tokenizer.json").at(&place).expected("tokenizer.json");
+        match ["tokenizer.model", "vocab.json", "tekken.json"].into_iter().find(|file| has(file)) {
+            Some(file) => error.found(format!("{file}, an older format")).hint(
+                "convert it once in Python: AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER)",
+            ),
+            None => error.found("no tokenizer file").hint("copy the tokenizer's files beside the model's"),
+        }
+    }
+
     /// What the user should know about the special tokens: a setting of tokenizer_config.json that has no effect.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
@@ -154,18 +174,6 @@ fn object(bytes: &[u8], name: &str) -> Result<Map<String, Value>> {
     serde_json::from_slice(bytes).map_err(|cause| {
         Error::new("a tokenizer file is not valid JSON").at(name).expected("a JSON object").found(cause)
     })
-}
-
-fn no_tokenizer(folder: &Path) -> Error {
-    let error = Error::new("the model has no tokenizer.json").at_path(folder).expected("tokenizer.json");
-    let other =
-        ["tokenizer.model", "vocab.json", "tekken.json"].into_iter().find(|file| folder.join(file).is_file());
-    match other {
-        Some(file) => error.found(format!("{file}, an older format")).hint(format!(
-            "convert it once in Python: AutoTokenizer.from_pretrained({folder:?}).save_pretrained({folder:?})"
-        )),
-        None => error.found("no tokenizer file").hint("copy the tokenizer's files beside the model's"),
-    }
 }
 
 /// Where `add_bos_token` or `add_eos_token` says something else than the post-processor does, as

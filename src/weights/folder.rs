@@ -1,6 +1,7 @@
 //! Which files of a model's folder hold its weights.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::fs;
 use std::io::Read;
 use std::path::{Component, Path};
@@ -16,6 +17,24 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Largest index that is read, in bytes; that of a model with 10^5 tensors has a tenth of it.
 const MAX_INDEX_BYTES: u64 = 100_000_000;
+
+/// The file that stands for a checkpoint's weights among those that `has` knows: the only one, or the index of
+/// several.
+pub fn entry(has: impl Fn(&str) -> bool) -> Option<&'static str> {
+    [SINGLE, INDEX].into_iter().find(|name| has(name))
+}
+
+/// The names of the files behind an [`entry`] that lies in `folder`.
+///
+/// # Errors
+/// An index that is none.
+pub fn shards(folder: &Path, entry: &str) -> Result<Vec<String>> {
+    if entry != INDEX {
+        return Ok(vec![entry.to_owned()]);
+    }
+    let files: BTreeSet<String> = read_index(&folder.join(INDEX))?.into_values().collect();
+    Ok(files.into_iter().collect())
+}
 
 /// What a folder holds.
 pub(super) enum Layout {
@@ -34,12 +53,16 @@ pub(super) fn look(folder: &Path) -> Result<Layout> {
             .found(if folder.exists() { "a file" } else { "nothing" }));
     }
     // `symlink_metadata`, because a dangling link deserves its own message at opening.
-    if folder.join(SINGLE).symlink_metadata().is_ok() {
-        Ok(Layout::Single(SINGLE))
-    } else if folder.join(INDEX).symlink_metadata().is_ok() {
-        read_index(&folder.join(INDEX)).map(Layout::Sharded)
-    } else {
-        Err(no_safetensors(folder))
+    match entry(|name| folder.join(name).symlink_metadata().is_ok()) {
+        Some(SINGLE) => Ok(Layout::Single(SINGLE)),
+        Some(index) => read_index(&folder.join(index)).map(Layout::Sharded),
+        None => {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            Err(no_weights(
+                folder.display(),
+                entries.filter_map(|entry| entry.file_name().into_string().ok()),
+            ))
+        }
     }
 }
 
@@ -85,16 +108,11 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(weight_map)
 }
 
-/// The error for a folder without safetensors, with advice after what is there instead.
-fn no_safetensors(folder: &Path) -> Error {
+/// The error for a place without safetensors, with advice after the names of what is there instead.
+pub fn no_weights(place: impl Display, names: impl Iterator<Item = String>) -> Error {
     const ENDINGS: &[&str] = &["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack"];
-    let weights: BTreeSet<String> = fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| ENDINGS.iter().any(|ending| name.ends_with(&format!(".{ending}"))))
-        .collect();
+    let weights: BTreeSet<String> =
+        names.filter(|name| ENDINGS.iter().any(|ending| name.ends_with(&format!(".{ending}")))).collect();
     let any = |ending: &str| weights.iter().any(|name| name.ends_with(ending));
     let hint = if weights.iter().any(|name| name.starts_with("model-") && name.ends_with(".safetensors")) {
         "these look like shards: fetch model.safetensors.index.json too"
@@ -111,8 +129,8 @@ fn no_safetensors(folder: &Path) -> Error {
     if weights.len() > found.len() {
         found.push(format!("and {} more", weights.len() - found.len()));
     }
-    Error::new("the model's folder holds no weights that can be read")
-        .at_path(folder)
+    Error::new("the model has no weights that can be read")
+        .at(place)
         .expected(format_args!("{SINGLE}, or {INDEX} with its shards"))
         .found(if found.is_empty() { "neither, nor any other weights".to_owned() } else { found.join(", ") })
         .hint(hint)

@@ -7,14 +7,14 @@ fn save(rest: &str) -> String {
     format!("{LAYER} --save_outputs {rest}")
 }
 
+/// Only the hub has configs, splits and revisions.
 #[test]
-fn no_dataset() {
+fn flags_of_the_hub_with_files_on_this_machine() {
     let dir = Dir::with("qwen2");
-    dir.refuse(
-        2,
-        "layer --model_name model --save_outputs",
-        &["no dataset", "--dataset", ".jsonl", "per line"],
-    );
+    for flag in ["--dataset_config", "--dataset_split", "--dataset_revision"] {
+        dir.refuse(2, &save(&format!("{flag} x")), &["no configs, splits or revisions", flag, "\"x\""]);
+    }
+    dir.refuse(2, &save("--revision v2"), &["a folder has no revisions", "--revision", "v2"]);
 }
 
 #[test]

@@ -26,10 +26,15 @@ fn edit_config(dir: &Dir, edit: impl FnOnce(&mut Value)) {
 fn missing_folder() {
     let dir = Dir::with("qwen2");
     let args = "layer --dataset model/corpus.jsonl --save_outputs";
-    let says = ["not a folder on this machine", "no such folder", "hf download org/model", "--model_name"];
+    // What could be an id is asked for on the hub, which no test has but the hub's own.
+    let says = ["the hub cannot be reached", "/org/model", "no path on this machine", "gradlens fetch"];
     dir.refuse(1, &format!("{args} --model_name org/model"), &says);
     // The default is a model of the hub.
-    dir.refuse(1, args, &["--model_name Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B"]);
+    dir.refuse(1, args, &["the hub cannot be reached", "/Qwen/Qwen2.5-0.5B"]);
+    for name in ["a/b/c", "./org/model", "/org/model", "org//model"] {
+        let says = ["neither a folder", "--model_name", "no such folder", "check the path"];
+        dir.refuse(1, &format!("{args} --model_name {name}"), &says);
+    }
     let file = format!("{args} --model_name model/config.json");
     dir.refuse(1, &file, &["found:    a file", "the folder that holds it"]);
 }

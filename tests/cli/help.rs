@@ -6,13 +6,15 @@ use crate::dir::{Dir, LAYER};
 const FLAGS: &str = "--model_name --num_samples --batch_size --max_length --save_outputs --layers --device \
     --aggregate_by --aggregation_mode --power --normalize_gradients --normalize_mode --save_consolidated \
     --dataset --text_column --min_chars --loss_reduction --output_dir --dry_run --dtype --threads \
-    --tokens_per_pass --memory --quiet";
+    --tokens_per_pass --memory --quiet --revision --dataset_config --dataset_split --dataset_revision";
 
 #[test]
 fn help_names_the_commands() {
     let dir = Dir::new();
     let run = dir.ok("--help");
-    for text in ["Usage: gradlens <COMMAND>", "\n  layer  ", "\n  demo   ", "--version"] {
+    for text in
+        ["Usage: gradlens <COMMAND>", "\n  layer ", "\n  fetch ", "\n  doctor ", "\n  demo ", "--version"]
+    {
         run.out(text);
     }
     run.check(run.stderr.is_empty(), "help is no error");
@@ -34,6 +36,16 @@ fn help_of_layer_explains_every_flag() {
     }
     let run = dir.ok("demo --help");
     for flag in ["--output_dir", "--num_samples", "--threads", "--quiet"] {
+        run.out(flag);
+    }
+    let run = dir.ok("fetch --help");
+    for flag in
+        ["--model_name", "--revision", "--dataset", "--dataset_split", "--num_samples", "--sae", "--quiet"]
+    {
+        run.out(flag);
+    }
+    let run = dir.ok("doctor --help");
+    for flag in ["--model_name", "--dataset"] {
         run.out(flag);
     }
     assert!(dir.listing().is_empty());

@@ -34,12 +34,11 @@ fn another_configuration() {
 fn an_unknown_configuration() {
     let world = World::new();
     let configs = ["wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1"];
-    let run =
-        world.fails("layer --dataset_config wikitext-7", &["\"wikitext-7\"", "--dataset_config", WIKITEXT]);
+    let run = world.misuse("layer --dataset_config wikitext-7", &["\"wikitext-7\"", "--dataset_config"]);
     for config in configs {
         run.err(config);
     }
-    world.fails("layer --dataset_split dev", &["dev", "--dataset_split", "test", "train", "validation"]);
+    world.misuse("layer --dataset_split dev", &["dev", "--dataset_split", "test", "train", "validation"]);
 }
 
 #[test]

@@ -127,12 +127,12 @@ fn a_connection_that_falls_silent() {
     is_right(&world);
 }
 
-/// Ctrl-C while nothing comes: the program ends no later than the silence would, and the next one goes on from there.
+/// Ctrl-C while nothing comes: the program does not wait for the silence to end, and the next one goes on from there.
 #[cfg(unix)]
 #[test]
 fn a_download_that_is_interrupted() {
     let mut world = World::with_token();
-    world.dir.set("HF_HUB_DOWNLOAD_TIMEOUT", "3");
+    world.dir.set("HF_HUB_DOWNLOAD_TIMEOUT", "60");
     world.hub.fault(Place::Content, WEIGHTS, Fault::Stall(100_000), FOREVER);
     let mut command = world.dir.command(env!("CARGO_BIN_EXE_gradlens"));
     command.args(["layer", "--save_outputs"]).stdout(Stdio::null()).stderr(Stdio::null());
@@ -148,7 +148,7 @@ fn a_download_that_is_interrupted() {
     let start = Instant::now();
     let status = program.wait().unwrap();
     assert_eq!(status.code(), Some(130));
-    assert!(start.elapsed() < Duration::from_secs(5), "after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(2), "after {:?}", start.elapsed());
     world.hub.heal();
     world.hub.requests();
     world.ok("layer --save_outputs");

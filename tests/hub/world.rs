@@ -81,8 +81,19 @@ impl World {
     /// Runs what must fail with an error of ours that holds every text of `says`, and saves no results.
     #[track_caller]
     pub fn fails(&self, args: &str, says: &[&str]) -> Run {
+        self.ends(1, args, says)
+    }
+
+    /// The same for what is the command line's fault.
+    #[track_caller]
+    pub fn misuse(&self, args: &str, says: &[&str]) -> Run {
+        self.ends(2, args, says)
+    }
+
+    #[track_caller]
+    fn ends(&self, code: i32, args: &str, says: &[&str]) -> Run {
         let run = self.run(args);
-        run.check(run.code == Some(1), "must end with 1");
+        run.check(run.code == Some(code), &format!("must end with {code}"));
         // Progress may have come before.
         let at = run.stderr.lines().position(|line| line.starts_with("error: "));
         run.check(at.is_some(), "must have a line that begins with `error: `");

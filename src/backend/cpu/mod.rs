@@ -45,6 +45,24 @@ pub struct Cpu<T> {
     tiles: Option<amx::Amx>,
 }
 
+/// The instruction sets of this processor that matter here, and whether its tile unit is used.
+pub fn features() -> Vec<&'static str> {
+    let mut found = vec![std::env::consts::ARCH];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let sets = [
+            ("AVX2", std::arch::is_x86_feature_detected!("avx2")),
+            ("FMA", std::arch::is_x86_feature_detected!("fma")),
+            ("AVX-512", std::arch::is_x86_feature_detected!("avx512f")),
+        ];
+        found.extend(sets.into_iter().filter(|(_, there)| *there).map(|(name, _)| name));
+    }
+    if amx::Amx::get().is_some() {
+        found.push(if Cpu::<f32>::new().tiles.is_some() { "AMX" } else { "AMX (off: GRADLENS_AMX)" });
+    }
+    found
+}
+
 impl<T: Element> Cpu<T> {
     /// A device that uses rayon's current thread pool and the fastest kernels of this processor. The
     /// environment variable `GRADLENS_AMX=off` leaves out the tile unit.

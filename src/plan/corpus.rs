@@ -1,0 +1,144 @@
+//! Where the texts are: in a file or a folder, on the hub, or inside the program.
+
+use std::path::{Path, PathBuf};
+
+use super::demo::Embedded;
+use super::fetch::Fetcher;
+use crate::cli::{DATASET, TextArgs};
+use crate::error::{Error, Result};
+use crate::hub::{Kind, Repo, is_id};
+use crate::source::{TextSpec, Texts, files_of, is_readable};
+
+/// The config of the default dataset that the scripts read.
+const DATASET_CONFIG: &str = "wikitext-2-raw-v1";
+/// What describes a dataset on the hub.
+const README: &str = "README.md";
+
+/// The texts of a dataset, not yet read.
+pub(super) enum Corpus {
+    /// A file or folder of the user's.
+    Local(PathBuf),
+    /// Files on the hub, each brought when its turn comes.
+    Hub {
+        /// Their repository.
+        repo: Box<Repo>,
+        /// The config they belong to, where it has a name.
+        config: Option<String>,
+        /// The split they belong to.
+        split: String,
+        /// Their paths, in order.
+        files: Vec<String>,
+    },
+    /// The demo's.
+    Embedded(Embedded),
+}
+
+impl Corpus {
+    /// Finds the dataset; of one on the hub, which files are wanted.
+    ///
+    /// # Errors
+    /// Neither a path nor a dataset of the hub; no such config or split.
+    pub fn find(args: &TextArgs, fetcher: &Fetcher) -> Result<Self> {
+        let path = PathBuf::from(&args.dataset);
+        // A misspelt file name has the form of an id too.
+        let is_hub = !path.exists() && is_id(&args.dataset) && !is_readable(&args.dataset);
+        if !is_hub {
+            let flags = [
+                ("--dataset_config", &args.dataset_config),
+                ("--dataset_split", &args.dataset_split),
+                ("--dataset_revision", &args.dataset_revision),
+            ];
+            return match flags.into_iter().find_map(|(flag, value)| Some((flag, value.as_ref()?))) {
+                None => Ok(Self::Local(path)),
+                Some((flag, value)) => {
+                    Err(Error::usage("files on this machine have no configs, splits or revisions")
+                        .at(flag)
+                        .expected("the id of a dataset on the hub as --dataset")
+                        .found(format!("{value:?} and the path {}", args.dataset))
+                        .hint("give the path of the split's files themselves"))
+                }
+            };
+        }
+        let revision = args.dataset_revision.as_deref().unwrap_or("main");
+        let repo = fetcher.open(Kind::Dataset, &args.dataset, revision)?;
+        let mut readme = None;
+        if repo.has(README) {
+            fetcher.get(&repo, &[README])?;
+            let bytes = std::fs::read(repo.snapshot().join(README)).unwrap_or_default();
+            readme = Some(String::from_utf8_lossy(&bytes).into_owned());
+        }
+        let default = (args.dataset == DATASET).then_some(DATASET_CONFIG);
+        let split = args.dataset_split.as_deref().unwrap_or("train");
+        let paths: Vec<String> = repo.files().map(str::to_owned).collect();
+        let config = args.dataset_config.as_deref().or(default);
+        let chosen = files_of(&paths, readme.as_deref(), config, split).map_err(|error| {
+            let error = error.at(format!("{} at commit {}", repo.page(), repo.commit()));
+            match repo.is_listed() {
+                true => error,
+                // It may well exist on the hub.
+                false => error.hint(format!(
+                    "only a part of {} is in the cache: run `gradlens fetch` with the same flags where there is a \
+                     network",
+                    repo.id()
+                )),
+            }
+        })?;
+        Ok(Self::Hub {
+            repo: Box::new(repo),
+            config: chosen.config,
+            split: split.to_owned(),
+            files: chosen.files,
+        })
+    }
+
+    /// What messages and metadata call it.
+    pub fn name(&self) -> &Path {
+        match self {
+            Self::Local(path) => path,
+            Self::Hub { repo, .. } => Path::new(repo.id()),
+            Self::Embedded(demo) => Path::new(demo.corpus_name),
+        }
+    }
+
+    /// Opens it. What is on the hub comes file by file, as far as texts are wanted.
+    pub fn open(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<Texts> {
+        match self {
+            Self::Local(_) => Texts::open(spec),
+            Self::Embedded(demo) => Texts::from_bytes(demo.corpus_name, demo.corpus, spec),
+            Self::Hub { repo, files, .. } => {
+                let (repo, fetcher) = (repo.clone(), fetcher.clone());
+                let name = repo.id().to_owned();
+                let fetch = move |file: &str| {
+                    fetcher.get(&repo, &[file])?;
+                    repo.settle()?;
+                    Ok(repo.snapshot().join(file))
+                };
+                Texts::fetched(&name, files.clone(), fetch, spec)
+            }
+        }
+    }
+
+    /// How many files still have to come, and their bytes.
+    pub fn missing(&self) -> (usize, u64) {
+        match self {
+            Self::Local(_) | Self::Embedded(_) => (0, 0),
+            Self::Hub { repo, files, .. } => repo.missing(files),
+        }
+    }
+
+    /// Where its files are, of a dataset on the hub.
+    pub fn place(&self) -> Option<PathBuf> {
+        match self {
+            Self::Local(_) | Self::Embedded(_) => None,
+            Self::Hub { repo, .. } => Some(repo.snapshot()),
+        }
+    }
+
+    /// What it is exactly, where that is on the hub: config, split, commit.
+    pub fn origin(&self) -> Option<(Option<&str>, &str, &str)> {
+        match self {
+            Self::Local(_) | Self::Embedded(_) => None,
+            Self::Hub { repo, config, split, .. } => Some((config.as_deref(), split, repo.commit())),
+        }
+    }
+}

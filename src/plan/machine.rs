@@ -1,0 +1,23 @@
+//! What this machine has.
+
+use crate::error::{Context, Result};
+
+/// Bytes of memory that are free now, inside the limits of the control group a cluster job runs in.
+pub(super) fn free_memory() -> Result<u64> {
+    let mut system = sysinfo::System::new().context("cannot tell how much memory is free")?;
+    system.refresh_memory();
+    let own = sysinfo::get_current_pid().ok();
+    if let Some(pid) = own {
+        system.refresh_processes(sysinfo::ProcessesToUpdate::Some(&[pid]), true);
+    }
+    // Of the limit, what this process and its siblings hold; pages of mapped files can be dropped and do not count.
+    let limit = own
+        .and_then(|pid| system.process(pid)?.cgroup_limits())
+        .map_or(u64::MAX, |limits| limits.total_memory.saturating_sub(limits.rss));
+    Ok(system.available_memory().min(limit))
+}
+
+/// Cores that this process may use.
+pub(super) fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

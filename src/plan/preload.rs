@@ -1,0 +1,153 @@
+//! `gradlens fetch`: brings what `gradlens layer` with the same flags reads, for machines without a network.
+
+use std::path::Path;
+
+use super::checkpoint::ModelFiles;
+use super::corpus::Corpus;
+use super::fetch::Fetcher;
+use crate::cli::FetchArgs;
+use crate::error::{Error, Result};
+use crate::hub::{Kind, Repo, is_id};
+use crate::source::{TextSpec, count};
+use crate::units::{size, thousands};
+
+/// Stands for a layer's number in `--sae`.
+const LAYER: &str = "{layer}";
+/// Files of an SAE: weights and what describes them.
+const SAE_ENDINGS: [&str; 6] = ["safetensors", "pt", "npz", "json", "yaml", "yml"];
+
+/// Brings everything and says on the log where it is.
+///
+/// # Errors
+/// What [`Plan::layer`](super::Plan::layer) refuses of a model and a dataset; texts that cannot be read; SAEs that
+/// are not there.
+pub fn preload(args: &FetchArgs, fetcher: &Fetcher) -> Result<()> {
+    let log = fetcher.log();
+    // From what is small to what is large. A model that cannot be read is not worth its download.
+    let model = ModelFiles::find(&args.model, fetcher)?;
+    model.config()?;
+    let corpus = Corpus::find(&args.texts, fetcher)?;
+    let saes = args.sae.as_deref().map(|sae| Saes::find(sae, fetcher)).transpose()?;
+
+    let texts = TextSpec {
+        dataset: corpus.name().to_owned(),
+        text_column: args.texts.text_column.clone(),
+        min_chars: args.texts.min_chars,
+        num_samples: args.texts.num_samples,
+    };
+    // Read, because only that shows how many files hold enough texts.
+    let counts = count(corpus.open(&texts, fetcher)?, fetcher.interrupt(), |_| ())?;
+    let kept = thousands(counts.kept);
+    match corpus.place() {
+        Some(place) => {
+            log.out(&format!("dataset  {kept} texts of {}, in {}", corpus.name().display(), place.display()))
+        }
+        None => log
+            .out(&format!("dataset  {kept} texts of {}, on this machine as it is", corpus.name().display())),
+    }
+
+    model.fetch_weights(fetcher)?;
+    model.checkpoint()?;
+    let name = &args.model.model_name;
+    match model.place() {
+        Some(place) => log.out(&format!("model    {name}, in {}", place.display())),
+        None => log.out(&format!("model    {name}, on this machine as it is")),
+    }
+    if let Some(saes) = saes {
+        fetcher.get(&saes.repo, &saes.files)?;
+        saes.repo.settle()?;
+        let bytes = saes.files.iter().filter_map(|file| saes.repo.bytes(file)).sum();
+        log.out(&format!(
+            "SAEs     {} files of {}, {}, in {}",
+            thousands(saes.files.len() as u64),
+            saes.repo.id(),
+            size(bytes),
+            saes.repo.snapshot().display()
+        ));
+    }
+    log.out("with HF_HUB_OFFLINE=1, and HF_HOME as it is now, no command asks the hub again");
+    Ok(())
+}
+
+/// SAEs on the hub.
+struct Saes {
+    repo: Repo,
+    files: Vec<String>,
+}
+
+impl Saes {
+    /// `owner/name`, or `owner/name/folder`, where `{layer}` stands for any number.
+    fn find(sae: &str, fetcher: &Fetcher) -> Result<Self> {
+        let mut parts = sae.splitn(3, '/');
+        let id = [parts.next().unwrap_or_default(), parts.next().unwrap_or_default()].join("/");
+        let folder = parts.next().unwrap_or_default().trim_matches('/');
+        if Path::new(sae).exists() || !is_id(&id) {
+            return Err(Error::usage("the SAEs are not on the hub")
+                .at(format!("--sae {sae}"))
+                .expected("owner/name, or owner/name/folder with {layer} in place of a layer's number")
+                .found(if Path::new(sae).exists() { "a path on this machine" } else { "no id" })
+                .hint("files on this machine need no fetching: leave --sae out"));
+        }
+        let repo = fetcher.open(Kind::Model, &id, "main")?;
+        let has_ending =
+            |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| SAE_ENDINGS.contains(&ending));
+        let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));
+        let files: Vec<String> = files.map(str::to_owned).collect();
+        if files.is_empty() {
+            let mut folders: Vec<&str> =
+                repo.files().filter_map(|path| Some(path.split_once('/')?.0)).collect();
+            folders.dedup();
+            folders.truncate(10);
+            return Err(Error::new("there are no SAE files of that name")
+                .at(repo.page())
+                .expected(format!("files in {}", if folder.is_empty() { "the repository" } else { folder }))
+                .found(match folders.is_empty() {
+                    true => "no folders".to_owned(),
+                    false => format!("folders {}", folders.join(", ")),
+                }));
+        }
+        Ok(Self { repo, files })
+    }
+}
+
+/// Whether `path` is `pattern` or in a folder of that name. Every `{layer}` of the pattern stands for digits.
+fn is_below(pattern: &str, path: &str) -> bool {
+    let mut rest = path;
+    for (number, literal) in pattern.split(LAYER).enumerate() {
+        if number > 0 {
+            let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+            if digits == 0 {
+                return false;
+            }
+            rest = &rest[digits..];
+        }
+        match rest.strip_prefix(literal) {
+            Some(after) => rest = after,
+            None => return false,
+        }
+    }
+    pattern.is_empty() || rest.is_empty() || rest.starts_with('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_hold_their_files() {
+        for (pattern, path) in [
+            ("", "a/b.pt"),
+            ("a", "a/b.pt"),
+            ("a/b.pt", "a/b.pt"),
+            ("mlp_{layer}", "mlp_17/trainer_0/ae.pt"),
+            ("l{layer}/t_{layer}", "l1/t_20/ae.pt"),
+        ] {
+            assert!(is_below(pattern, path), "{pattern} {path}");
+        }
+        for (pattern, path) in
+            [("a", "ab/c.pt"), ("mlp_{layer}", "mlp_x/a"), ("mlp_{layer}", "mlp_1x/a"), ("a/b", "a/c")]
+        {
+            assert!(!is_below(pattern, path), "{pattern} {path}");
+        }
+    }
+}
