@@ -82,6 +82,9 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let bar = log.bar("loading the model", Unit::Bytes, None);
     let cpu = Cpu::<f32>::new();
     let model = Model::load(&cpu, plan.spec.clone(), &plan.tensors)?;
+    if let Some(download_s) = plan.download_s {
+        timing.set("download", download_s);
+    }
     timing.set("model_loading", loading.elapsed().as_secs_f64());
     drop(bar);
 
@@ -121,7 +124,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let bar = log.bar("writing results", Unit::Bytes, None);
     output::write_arrays(&mut target, &mut record)?;
     record.timing.total_layers();
-    record.timing.set("total_runtime", started.elapsed().as_secs_f64());
+    let total_s = started.elapsed().as_secs_f64() + plan.download_s.unwrap_or_default();
+    record.timing.set("total_runtime", total_s);
     output::write_records(&target, &record)?;
     drop(bar);
 

@@ -1,5 +1,6 @@
 //! Where the texts are: in a file or a folder, on the hub, or inside the program.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::demo::Embedded;
@@ -69,7 +70,10 @@ impl Corpus {
         }
         let default = (args.dataset == DATASET).then_some(DATASET_CONFIG);
         let split = args.dataset_split.as_deref().unwrap_or("train");
-        let paths: Vec<String> = repo.files().map(str::to_owned).collect();
+        let mut paths: Vec<String> = repo.files().map(str::to_owned).collect();
+        if !repo.is_listed() {
+            add_missing_parts(&mut paths);
+        }
         let config = args.dataset_config.as_deref().or(default);
         let chosen = files_of(&paths, readme.as_deref(), config, split).map_err(|error| {
             let error = error.at(format!("{} at commit {}", repo.page(), repo.commit()));
@@ -139,6 +143,51 @@ impl Corpus {
         match self {
             Self::Local(_) | Self::Embedded(_) => None,
             Self::Hub { repo, config, split, .. } => Some((config.as_deref(), split, repo.commit())),
+        }
+    }
+}
+
+/// Adds the parts that the names of others promise (`train-00000-of-00002.parquet` that of a second one): of what is
+/// in the cache, texts must not end where a part is missing, but say that it is.
+fn add_missing_parts(paths: &mut Vec<String>) {
+    let promised: Vec<String> = paths.iter().filter_map(|path| parts_like(path)).flatten().collect();
+    let known: BTreeSet<&String> = paths.iter().collect();
+    let missing: BTreeSet<String> = promised.into_iter().filter(|path| !known.contains(path)).collect();
+    paths.extend(missing);
+}
+
+/// The paths of all parts of the file of which `path` is one.
+fn parts_like(path: &str) -> Option<impl Iterator<Item = String>> {
+    let (start, end) = path.split_once("-of-")?;
+    let number = start.rsplit_once('-')?.1;
+    let digits = number.len();
+    let count = end.get(..digits)?;
+    let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !all_digits(number) || !all_digits(count) || end[digits..].starts_with(|c: char| c.is_ascii_digit()) {
+        return None;
+    }
+    // No dataset has more, and a name must not make us list billions.
+    let count: u32 = count.parse().ok().filter(|&count| count <= 100_000)?;
+    let (start, end) = (start[..start.len() - digits].to_owned(), end.to_owned());
+    Some((0..count).map(move |part| format!("{start}{part:0digits$}-of-{end}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_promise_others() {
+        let mut paths = vec!["a/train-00001-of-00003.parquet".into(), "README.md".into(), "x-1-of-2x".into()];
+        add_missing_parts(&mut paths);
+        assert_eq!(
+            paths[3..],
+            ["a/train-00000-of-00003.parquet", "a/train-00002-of-00003.parquet", "x-0-of-2x"]
+        );
+        for path in
+            ["train.parquet", "a-of-b", "a-0x-of-02", "a-00000-of-000003", "a-9999999999-of-9999999999"]
+        {
+            assert!(parts_like(path).is_none(), "{path}");
         }
     }
 }

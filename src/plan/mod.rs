@@ -11,6 +11,8 @@ mod memory;
 mod preload;
 mod show;
 
+use std::time::Instant;
+
 use time::PrimitiveDateTime;
 
 pub use demo::Embedded;
@@ -45,6 +47,8 @@ pub struct Plan {
     pub tensors: Vec<Tensor>,
     /// Bytes of the weights, here or on the hub.
     pub weight_bytes: u64,
+    /// Seconds it took to bring them here, if they were not.
+    pub download_s: Option<f64>,
     /// Which texts.
     pub texts: TextSpec,
     /// Longest sample, in tokens.
@@ -193,8 +197,11 @@ impl Plan {
         };
         // Opened and dropped: what it made is removed again.
         drop(Target::prepare(&output)?);
+        let mut download_s = None;
         if !args.dry_run {
+            let (started, to_come) = (Instant::now(), files.missing_weights() != (0, 0));
             files.fetch_weights(fetcher)?;
+            download_s = to_come.then(|| started.elapsed().as_secs_f64());
         }
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
@@ -276,6 +283,7 @@ impl Plan {
             spec,
             tensors,
             weight_bytes,
+            download_s,
             files,
             corpus,
             fetcher: fetcher.clone(),

@@ -111,6 +111,9 @@ fn facts(
     position_0_share: Map<String, Value>,
 ) -> Map<String, Value> {
     let loss = totals.loss_nats.map(|nats| nats / totals.targets as f64);
+    let (config, split, dataset_commit) = plan
+        .dataset_origin()
+        .map_or((None, None, None), |(config, split, commit)| (config, Some(split), Some(commit)));
     let facts = json!({
         "gradlens_version": env!("CARGO_PKG_VERSION"),
         "architecture": plan.config.model_type,
@@ -118,7 +121,11 @@ fn facts(
         "dtype": plan.dtype(),
         "loss_reduction": plan.engine.loss_reduction.name(),
         "loss_nats_per_token": loss,
+        "model_revision": plan.model_commit(),
         "dataset": plan.texts.dataset.display().to_string(),
+        "dataset_config": config,
+        "dataset_split": split,
+        "dataset_revision": dataset_commit,
         "min_chars": plan.texts.min_chars,
         "texts_read": counts.texts.read,
         "texts_kept": counts.texts.kept,

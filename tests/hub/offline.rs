@@ -85,6 +85,19 @@ fn fetch_takes_revisions_and_splits() {
     world.fails("layer", &["gradlens fetch"]);
 }
 
+/// A part of a dataset is no whole one: where more texts are wanted than it holds, that is said.
+#[test]
+fn offline_with_the_first_part_of_a_dataset() {
+    let mut world = World::new();
+    let flags = "--dataset_config wikitext-103-raw-v1";
+    world.ok(&format!("layer {flags} --num_samples 1"));
+    let [first, second] = [0, 1].map(|part| format!("wikitext-103-raw-v1/train-{part:05}-of-00002.parquet"));
+    assert!(world.has_blob(&world.dataset(), &first) && !world.has_blob(&world.dataset(), &second));
+    world.dir.set("HF_HUB_OFFLINE", "1");
+    world.ok(&format!("layer {flags} --num_samples 1"));
+    world.fails(&format!("layer {flags}"), &[&second, WIKITEXT, "gradlens fetch"]);
+}
+
 #[test]
 fn fetch_says_what_is_wrong() {
     let world = World::new();
