@@ -6,6 +6,8 @@
 //! * `faults`: servers that fail, connections that end, content that is wrong
 //! * `refusals`: what the hub does not have or does not give, and repositories that mean harm
 //! * `offline`: the cache without the hub, and `gradlens fetch`
+//! * `sae`: `gradlens fetch --sae`
+//! * `tls`: encrypted connections, and whom they trust
 //! * `token`: who gets to see it
 //! * `python`: the cache is the same for huggingface_hub
 //!
@@ -42,10 +44,14 @@ mod refusals;
 mod repo;
 #[path = "hub/revisions.rs"]
 mod revisions;
+#[path = "hub/sae.rs"]
+mod sae;
 #[path = "hub/server.rs"]
 mod server;
 #[path = "hub/server_tests.rs"]
 mod server_tests;
+#[path = "hub/tls.rs"]
+mod tls;
 #[path = "hub/token.rs"]
 mod token;
 #[path = "hub/world.rs"]

@@ -58,8 +58,10 @@ pub(super) struct Client {
 impl Client {
     pub fn new(settings: &Settings, interrupt: &Interrupt) -> Result<Self> {
         let mut tls = TlsConfig::builder();
-        if let Some(path) = &settings.certificates {
-            tls = tls.root_certs(RootCerts::new_with_certs(&certificates(path)?));
+        if let Some((path, variable)) = &settings.certificates {
+            let certificates =
+                certificates(path).map_err(|error| error.hint(format!("{variable} names this file")))?;
+            tls = tls.root_certs(RootCerts::new_with_certs(&certificates));
         }
         let wait = Some(settings.timeout);
         let config = Agent::config_builder()
@@ -247,11 +249,7 @@ fn certificates(path: &std::path::Path) -> Result<Vec<Certificate<'static>>> {
         }
     }
     if found.is_empty() {
-        return Err(Error::new(what)
-            .at_path(path)
-            .expected("certificates in PEM form")
-            .found("none")
-            .hint("SSL_CERT_FILE, REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE name this file"));
+        return Err(Error::new(what).at_path(path).expected("certificates in PEM form").found("none"));
     }
     Ok(found)
 }

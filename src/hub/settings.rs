@@ -40,8 +40,8 @@ pub struct Settings {
     pub offline: Option<&'static str>,
     /// Longest wait for a connection, and for the next bytes of an answer.
     pub timeout: Duration,
-    /// Certificates to trust instead of the public ones, in PEM: what `SSL_CERT_FILE` or its like names.
-    pub certificates: Option<PathBuf>,
+    /// Certificates to trust instead of the public ones, in PEM, and the variable that names them.
+    pub certificates: Option<(PathBuf, &'static str)>,
 }
 
 impl Settings {
@@ -90,7 +90,7 @@ impl Settings {
             timeout,
             certificates: ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
                 .into_iter()
-                .find_map(path),
+                .find_map(|name| Some((path(name)?, name))),
         })
     }
 }

@@ -11,6 +11,17 @@ use tempfile::TempDir;
 /// What an analysis of `model` on its own corpus begins with.
 pub const LAYER: &str = "layer --model_name model --dataset model/corpus.jsonl";
 
+/// Variables that change what the program does, besides those of the hub.
+const UNWANTED: [&str; 7] = [
+    "RAYON_NUM_THREADS",
+    "RUST_BACKTRACE",
+    "XDG_CACHE_HOME",
+    "TRANSFORMERS_OFFLINE",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+];
+
 /// A working folder that is removed in the end.
 pub struct Dir {
     root: TempDir,
@@ -137,7 +148,7 @@ impl Dir {
                 command.env_remove(name);
             }
         }
-        for name in ["RAYON_NUM_THREADS", "RUST_BACKTRACE", "XDG_CACHE_HOME"] {
+        for name in UNWANTED {
             command.env_remove(name);
         }
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));

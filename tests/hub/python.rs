@@ -10,7 +10,7 @@ use crate::dir::Run;
 use crate::hash;
 use crate::repo::{Kind, Repository};
 use crate::server::Hub;
-use crate::world::{World, check_cache, local_arrays};
+use crate::world::{SECRET, World, check_cache, local_arrays};
 
 /// The dataset's description, whose head names the files of its configurations.
 const CARD: &str = "README.md";
@@ -104,4 +104,26 @@ fn the_program_finds_what_python_fetched() {
     assert_eq!(world.arrays("offline"), expected);
     // And Python still finds everything in what the program has left.
     python(&world, "find");
+}
+
+/// The script's users go on as they were: same file name, same flags, a gated model, the wikitext of the defaults.
+#[test]
+fn a_job_of_the_scripts_runs_unchanged() {
+    let Some(python) = env::var_os("GRADLENS_HUB_PYTHON") else {
+        eprintln!("skipped: GRADLENS_HUB_PYTHON names no Python");
+        return;
+    };
+    let (world, id) = (World::with_token(), "meta-llama/Llama-3.1-8B");
+    world.hub.add(crate::content::model(id, "llama3").gated());
+    world.hub.token(SECRET, &[id]);
+    let mut command = world.dir.command(python);
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/python/layer_gradient_analysis.py"));
+    command.args(["--model_name", id, "--layers", "0,2", "--save_outputs"]);
+    let run = world.dir.finish(command.env("GRADLENS_BIN", env!("CARGO_BIN_EXE_gradlens")));
+    run.check(run.code == Some(0), "must succeed");
+    let folder = world.dir.made("");
+    let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+    let start = "layer_activations_model_meta-llama_Llama-3.1-8B_num_samples_500_batch_size_4_layers_0_2_";
+    assert!(name.starts_with(start), "{name}");
+    assert_eq!(world.arrays(""), local_arrays("llama3", &texts("qwen2"), "--layers 0,2"));
 }
