@@ -25,10 +25,10 @@ pub struct Cli {
 pub enum Command {
     /// Per-dimension statistics of every layer's MLP output, or of the loss gradient there
     Layer(Box<LayerArgs>),
-    /// Download what `layer` with the same flags needs, for machines without a network
+    /// Download what `layer` with the same flags reads, for machines without a network
     Fetch(Box<FetchArgs>),
-    /// Devices, libraries, folders, the hub: what is there, and whether `layer` could run
-    Doctor(Box<DoctorArgs>),
+    /// Devices, libraries, folders, the hub: what is there, and whether `layer` with the same flags could run
+    Doctor(Box<LayerArgs>),
     /// The whole job in seconds, on a small trained model that ships with the program
     Demo(DemoArgs),
 }
@@ -38,8 +38,8 @@ impl Command {
     pub fn quiet(&self) -> bool {
         match self {
             Self::Layer(args) => args.quiet,
-            Self::Fetch(args) => args.quiet,
-            Self::Doctor(_) => false,
+            Self::Fetch(args) => args.layer.quiet,
+            Self::Doctor(args) => args.quiet,
             Self::Demo(args) => args.quiet,
         }
     }
@@ -186,38 +186,17 @@ pub struct TextArgs {
 /// The dataset of the scripts.
 pub const DATASET: &str = "Salesforce/wikitext";
 
-/// `gradlens fetch`.
+/// `gradlens fetch`: the flags of `layer`, of which those of the model and the texts say what to fetch.
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case")]
 pub struct FetchArgs {
-    /// Which model.
+    /// The later analysis.
     #[command(flatten)]
-    pub model: ModelArgs,
-
-    /// Which texts.
-    #[command(flatten)]
-    pub texts: TextArgs,
+    pub layer: LayerArgs,
 
     /// SAEs on the hub: an id, or id/folder for a part of it, where `{layer}` stands for every layer's number
     #[arg(long, value_name = "ID", help_heading = "SAEs")]
     pub sae: Option<String>,
-
-    /// No progress on stderr; warnings, errors and results stay
-    #[arg(long, help_heading = "Output")]
-    pub quiet: bool,
-}
-
-/// `gradlens doctor`.
-#[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
-pub struct DoctorArgs {
-    /// Which model.
-    #[command(flatten)]
-    pub model: ModelArgs,
-
-    /// Which texts.
-    #[command(flatten)]
-    pub texts: TextArgs,
 }
 
 /// `gradlens demo`.

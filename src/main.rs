@@ -1,6 +1,5 @@
 //! The program: command line → plan → run.
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -17,8 +16,8 @@ fn main() -> ExitCode {
     match job(&cli.command, &log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // `eprintln!` would panic where nobody reads stderr any more.
-            let _ = writeln!(io::stderr(), "error: {error}");
+            // Not `eprintln!`: a thread that is still at work may have a bar up, and who ran us may have closed stderr.
+            log.error(&error.to_string());
             ExitCode::from(error.kind().exit_code())
         }
     }
@@ -33,7 +32,7 @@ fn job(command: &Command, log: &Log) -> Result<()> {
         Command::Layer(args) => Plan::layer(args, timestamp, &fetcher)?,
         Command::Demo(args) => Plan::demo(args, timestamp, &fetcher)?,
         Command::Fetch(args) => return preload(args, &fetcher),
-        Command::Doctor(args) => return doctor(args, &fetcher),
+        Command::Doctor(args) => return doctor(args, timestamp, &fetcher),
     };
     run::run(&plan, log, &interrupt)
 }

@@ -104,12 +104,13 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         // Kept texts without tokens are in no pass, and done when their successors are.
         done.samples = pass.samples.last().map_or(done.samples, |last| last + 1);
         bar.set(done.samples);
-        bar.detail(format!("{:.0} tokens/s", done.tokens as f64 / compute_s));
+        bar.detail(format!("{} tokens/s", thousands((done.tokens as f64 / compute_s) as u64)));
         let waiting = Instant::now();
         next = passes.next().transpose()?;
         preparation_s += waiting.elapsed().as_secs_f64();
     }
     drop(bar);
+    plan.settle_texts()?;
     timing.set("dataset_preparation", preparation_s);
     timing.set("compute", compute_s);
 
@@ -141,18 +142,23 @@ fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
     if let Some(note) = plan.open_tokens()?.note() {
         log.warn(note);
     }
-    if let Some(files) = plan.texts_to_download() {
+    let to_come = plan.texts_to_download();
+    let Some(texts) = plan.open_texts_here()? else {
         log.out(plan.to_string().trim_end());
-        log.out(&format!("dataset      {files}"));
+        log.out(&format!("dataset      {}", to_come.as_deref().unwrap_or("nothing")));
         return Ok(());
-    }
+    };
     let bar = log.bar("reading texts", Unit::Texts, Some(plan.texts.num_samples as u64));
-    let counts = source::count(plan.open_texts()?, interrupt, |counts| bar.set(counts.kept))?;
+    let counts = source::count(texts, interrupt, |counts| bar.set(counts.kept))?;
     drop(bar);
-    if counts.kept == 0 {
-        return Err(nothing_kept(&counts, &plan.texts));
+    let enough = counts.kept >= plan.texts.num_samples as u64;
+    let to_come = to_come.filter(|_| !enough);
+    if to_come.is_none() {
+        if counts.kept == 0 {
+            return Err(nothing_kept(&counts, &plan.texts));
+        }
+        warn_of_few(&counts, plan, log);
     }
-    warn_of_few(&counts, plan, log);
     log.out(plan.to_string().trim_end());
     log.out(&format!(
         "dataset      {} texts read, {} kept, {} too short",
@@ -160,6 +166,9 @@ fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
         thousands(counts.kept),
         thousands(counts.too_short)
     ));
+    if let Some(files) = to_come {
+        log.out(&format!("             and {files}"));
+    }
     Ok(())
 }
 

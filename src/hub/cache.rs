@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use super::RepoSpec;
 use crate::error::{Context, Error, Result};
-use crate::interrupt::Interrupt;
 
 /// How often a taken lock is tried again.
 const LOCK_LOOK: Duration = Duration::from_millis(200);
@@ -81,7 +80,11 @@ impl Folder {
         let folder = parent(&reference);
         create(folder)?;
         let what = "cannot write to the cache of the hub";
-        let mut file = tempfile::NamedTempFile::new_in(folder).context_path(what, folder)?;
+        let mut builder = tempfile::Builder::new();
+        // Temporary files are private by default; a cache may be shared with others.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(folder).context_path(what, folder)?;
         file.write_all(commit.as_bytes()).context_path(what, &reference)?;
         file.persist(&reference).map_err(|error| error.error).context_path(what, &reference)?;
         Ok(())
@@ -114,6 +117,12 @@ impl Folder {
         self.root.join("blobs").join(etag)
     }
 
+    /// Bytes of a blob that are here, in part or whole.
+    pub fn bytes_here(&self, etag: &str) -> u64 {
+        let bytes = |path: PathBuf| fs::metadata(path).ok().map(|about| about.len());
+        bytes(self.blob(etag)).or_else(|| bytes(self.incomplete(etag))).unwrap_or(0)
+    }
+
     /// What has come of it so far.
     pub fn incomplete(&self, etag: &str) -> PathBuf {
         self.root.join("blobs").join(format!("{etag}.incomplete"))
@@ -144,7 +153,11 @@ impl Folder {
     /// Gives a complete download its name.
     pub fn complete(&self, etag: &str) -> Result<()> {
         let blob = self.blob(etag);
-        fs::rename(self.incomplete(etag), &blob).context_path("cannot write to the cache of the hub", &blob)
+        match fs::rename(self.incomplete(etag), &blob) {
+            // Where locks do not exclude, another process may have been quicker.
+            Err(cause) if cause.kind() == ErrorKind::NotFound && blob.is_file() => Ok(()),
+            renamed => renamed.context_path("cannot write to the cache of the hub", &blob),
+        }
     }
 
     /// Shows a blob as a file of a commit.
@@ -152,9 +165,9 @@ impl Folder {
         let link = self.snapshot(commit).join(path);
         create(parent(&link))?;
         let blob = self.blob(etag);
-        // One step up for each folder between the link and the repository's.
+        // One step up for each folder between the link and the repository's; joined, as Windows resolves no slashes.
         let steps = 2 + path.split('/').count() - 1;
-        let target = Path::new(&"../".repeat(steps)).join("blobs").join(etag);
+        let target: PathBuf = std::iter::repeat_n("..", steps).chain(["blobs", etag]).collect();
         let made = match symlink(&target, &link) {
             Err(cause) if cause.kind() == ErrorKind::AlreadyExists => {
                 if link.is_file() {
@@ -176,26 +189,26 @@ impl Folder {
         }
     }
 
-    /// Waits until nobody else downloads this blob. `waiting` is called once if somebody does.
+    /// Waits until nobody else downloads this blob. `waiting` is called once if somebody does, and `check` now and then.
     ///
     /// # Errors
-    /// A request to stop; a cache that cannot be written to.
-    pub fn lock(&self, etag: &str, interrupt: &Interrupt, waiting: impl FnOnce()) -> Result<Lock> {
+    /// What `check` says; a cache that cannot be written to.
+    pub fn lock(&self, etag: &str, check: &dyn Fn() -> Result<()>, waiting: impl FnOnce()) -> Result<Lock> {
         let path = self.locks.join(format!("{etag}.lock"));
         create(parent(&path))?;
         let what = "cannot lock the cache of the hub";
-        let file = File::options().create(true).append(true).open(&path).context_path(what, &path)?;
+        let file = open_lock(&path).context_path(what, &path)?;
         let mut waiting = Some(waiting);
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(Lock(Some(file))),
                 Err(TryLockError::WouldBlock) => {
                     waiting.take().into_iter().for_each(|waiting| waiting());
-                    interrupt.check()?;
+                    check()?;
                     std::thread::sleep(LOCK_LOOK);
                 }
-                // Some network file systems have no locks. Two downloads at once would write the same bytes to the
-                // same places, and each checks what came.
+                // Some network file systems have no locks. Two downloads at once write the same bytes to the same
+                // places, and each compares what came with its hash.
                 Err(TryLockError::Error(cause)) if no_locks(&cause) => return Ok(Lock(None)),
                 Err(TryLockError::Error(cause)) => return Err(cause).context_path(what, &path),
             }
@@ -214,9 +227,18 @@ impl Drop for Lock {
     }
 }
 
+/// Opens a lock file. Who may not write to one of another user's may still lock it.
+fn open_lock(path: &Path) -> io::Result<File> {
+    match File::options().create(true).append(true).open(path) {
+        Err(cause) if cause.kind() == ErrorKind::PermissionDenied => File::open(path),
+        opened => opened,
+    }
+}
+
 fn no_locks(cause: &io::Error) -> bool {
-    // ENOLCK and EOPNOTSUPP have no kind of their own everywhere.
-    cause.kind() == ErrorKind::Unsupported || matches!(cause.raw_os_error(), Some(37 | 38 | 95))
+    // ENOLCK, ENOSYS and EOPNOTSUPP (and macOS's ENOTSUP) have no kind of their own everywhere.
+    let codes: &[i32] = if cfg!(target_os = "macos") { &[45, 77, 78, 102] } else { &[37, 38, 95] };
+    cause.kind() == ErrorKind::Unsupported || cause.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 #[cfg(unix)]
@@ -252,7 +274,9 @@ pub(super) fn is_commit(revision: &str) -> bool {
 pub(super) fn is_inside(path: &str) -> bool {
     let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
     let exact = path.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
-    plain && exact && !path.contains(['\\', '\0', ':'])
+    // What is a name here can be a path elsewhere.
+    let odd: &[char] = if cfg!(windows) { &['\\', '\0', ':'] } else { &['\\', '\0'] };
+    plain && exact && !path.contains(odd)
 }
 
 /// An etag as it names a blob: without quotes and the mark of weakness.
@@ -274,6 +298,7 @@ pub(super) fn blob_name(etag: &str) -> Result<String> {
 mod tests {
     use super::*;
     use crate::hub::Kind;
+    use crate::interrupt::Interrupt;
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -327,16 +352,16 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let folder = folder(cache.path());
         let interrupt = Interrupt::new();
-        let held = folder.lock("ab", &interrupt, || panic!("nobody holds it")).unwrap();
-        folder.lock("cd", &interrupt, || panic!("another blob is free")).unwrap();
+        let held = folder.lock("ab", &|| interrupt.check(), || panic!("nobody holds it")).unwrap();
+        folder.lock("cd", &|| interrupt.check(), || panic!("another blob is free")).unwrap();
         let mut waited = false;
-        let second = folder.lock("ab", &interrupt, || {
+        let second = folder.lock("ab", &|| interrupt.check(), || {
             waited = true;
             interrupt.request();
         });
         assert!(second.is_err() && waited);
         drop(held);
-        folder.lock("ab", &Interrupt::new(), || panic!("it was released")).unwrap();
+        folder.lock("ab", &|| Ok(()), || panic!("it was released")).unwrap();
     }
 
     #[test]
@@ -344,7 +369,7 @@ mod tests {
         for good in ["a", "a/b.json", "a b", "..a"] {
             assert!(is_inside(good), "{good}");
         }
-        for bad in ["", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\b", "C:a", "a\0"] {
+        for bad in ["", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\b", "a\0"] {
             assert!(!is_inside(bad), "{bad:?}");
         }
         assert_eq!(blob_name("W/\"ab-1\"").unwrap(), "ab-1");

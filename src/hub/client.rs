@@ -1,7 +1,8 @@
 //! Requests: what is asked, who gets the token, what is tried again, and what a refusal means.
 
 use std::fs;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::io::Read;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -12,7 +13,8 @@ use ureq::{Agent, Body};
 
 use super::address::{location, origin};
 use super::failure::{Failure, Refusal};
-use super::{RepoSpec, Settings};
+use super::proxy::Proxy;
+use super::{Note, RepoSpec, Settings};
 use crate::error::{Context, Error, Result};
 use crate::interrupt::Interrupt;
 
@@ -24,8 +26,13 @@ const TRIES_TO_REACH: u32 = 2;
 const FIRST_WAIT: Duration = Duration::from_millis(300);
 /// Longest wait that a `Retry-After` is obeyed for.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
+/// A wait that is worth a word.
+const LONG_WAIT: Duration = Duration::from_secs(5);
 /// How often a wait looks whether somebody wants to stop.
 pub(super) const LOOK: Duration = Duration::from_millis(50);
+const BUFFER_BYTES: usize = 1 << 18;
+/// Buffers that wait to be used.
+const BUFFERS_AHEAD: usize = 4;
 /// Redirections followed for one request.
 const REDIRECTS: usize = 10;
 /// Longest answer of the listing: that of a repository with a million files.
@@ -53,10 +60,11 @@ pub(super) struct Client {
     agent: Agent,
     settings: Settings,
     interrupt: Interrupt,
+    note: Note,
 }
 
 impl Client {
-    pub fn new(settings: &Settings, interrupt: &Interrupt) -> Result<Self> {
+    pub fn new(settings: &Settings, interrupt: &Interrupt, note: Note) -> Result<Self> {
         let mut tls = TlsConfig::builder();
         if let Some((path, variable)) = &settings.certificates {
             let certificates =
@@ -71,6 +79,7 @@ impl Client {
             .user_agent(concat!("gradlens/", env!("CARGO_PKG_VERSION")))
             // Sizes and ranges are those of the files.
             .accept_encoding("identity")
+            .proxy(settings.proxy.as_ref().map(Proxy::to_ureq).transpose()?)
             .timeout_resolve(wait)
             .timeout_connect(wait)
             .timeout_per_read(wait)
@@ -79,25 +88,40 @@ impl Client {
             agent: Agent::new_with_config(config.build()),
             settings: settings.clone(),
             interrupt: interrupt.clone(),
+            note,
         })
     }
 
-    /// The JSON at `path` of the hub.
-    pub fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        let url = format!("{}/{path}", self.settings.endpoint);
+    /// The JSON at `url`, and the address of the page after it.
+    pub fn page<T: DeserializeOwned>(&self, url: &str) -> Result<(T, Option<String>), Failure> {
         self.patiently(TRIES_TO_REACH, || {
-            let answer = self.get(&url, 0)?;
-            let body = answer.into_body().into_with_config().limit(LISTING_BYTES).read_to_vec();
-            let body = body.map_err(|cause| Failure::Unreachable(cause.to_string()))?;
-            serde_json::from_slice(&body).map_err(|cause| {
+            let answer = self.get(url, 0)?;
+            let next = header(answer.headers(), "link").and_then(|links| next_page(&links));
+            let body = self.read(answer)?;
+            let page = serde_json::from_slice(&body).map_err(|cause| {
                 Error::new("the hub's answer is not what it should be")
-                    .at(&url)
+                    .at(url)
                     .expected("JSON about a repository")
                     .found(cause)
                     .hint("does HF_ENDPOINT name a hub?")
-                    .into()
-            })
+            })?;
+            Ok((page, next.filter(|next| self.is_hub(next))))
         })
+    }
+
+    /// All that an answer holds.
+    fn read(&self, answer: Response<Body>) -> Result<Vec<u8>, Failure> {
+        let arriving = read_ahead(answer.into_body().into_with_config().limit(LISTING_BYTES).reader());
+        let mut all = Vec::new();
+        loop {
+            self.interrupt.check()?;
+            match arriving.recv_timeout(LOOK) {
+                Ok(Ok(bytes)) => all.extend(bytes),
+                Ok(Err(cause)) => return Err(Failure::Unreachable(cause.to_string())),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(all),
+            }
+        }
     }
 
     /// What the hub says of the file at `url`, without its content.
@@ -165,8 +189,11 @@ impl Client {
         }
     }
 
+    /// Whether the token may go to `url`: to the hub's own host and port, and never from https to http.
     fn is_hub(&self, url: &str) -> bool {
-        origin(url) == origin(&self.settings.endpoint)
+        let (hub, other) = (origin(&self.settings.endpoint), origin(url));
+        hub == other
+            || (hub.host == other.host && (hub.scheme.as_str(), other.scheme.as_str()) == ("http", "https"))
     }
 
     fn accepted(&self, url: &str, answer: Response<Body>) -> Result<Response<Body>, Failure> {
@@ -175,7 +202,8 @@ impl Client {
             return Ok(answer);
         }
         let refusal = Refusal::read(status, answer.headers());
-        match self.is_hub(url) {
+        // A mirror may send us to another hub, which speaks as one.
+        match self.is_hub(url) || refusal.is_a_hubs() {
             true => Err(Failure::Refused(refusal)),
             // A store refuses what its signed address no longer allows: asking the hub again gives a fresh one.
             false => Err(Failure::Unreachable(format!("the file store answered {status}"))),
@@ -199,35 +227,64 @@ impl Client {
             if !failure.may_pass() || tried >= tries {
                 return Err(failure);
             }
-            self.wait(tried, &failure)?;
+            self.wait(tried, &failure, &|| self.interrupt.check())?;
         }
     }
 
-    /// Waits after the `tried`th attempt (from 1).
-    pub fn wait(&self, tried: u32, failure: &Failure) -> Result<()> {
-        let asked = match failure {
-            Failure::Refused(Refusal { retry_after: Some(wait), .. }) => (*wait).min(LONGEST_WAIT),
-            _ => Duration::ZERO,
-        };
-        self.pause(asked.max(FIRST_WAIT * 2u32.pow(tried.saturating_sub(1).min(6))))
-    }
-
-    /// Sleeps, but not through a wish to stop.
-    pub fn pause(&self, wait: Duration) -> Result<()> {
-        let mut left = wait;
+    /// Waits after the `tried`th attempt (from 1), as long as `check` lets it.
+    pub fn wait(&self, tried: u32, failure: &Failure, check: &dyn Fn() -> Result<()>) -> Result<()> {
+        let mut left = FIRST_WAIT * 2u32.pow(tried.saturating_sub(1).min(6));
+        if let Failure::Refused(Refusal { retry_after: Some(asked), .. }) = failure {
+            left = left.max((*asked).min(LONGEST_WAIT));
+        }
+        if left >= LONG_WAIT {
+            (self.note)(&format!("the hub asks to wait: trying again in {} s", left.as_secs()));
+        }
         while !left.is_zero() {
-            self.interrupt.check()?;
+            check()?;
             let step = left.min(LOOK);
             sleep(step);
             left -= step;
         }
-        self.interrupt.check()
+        check()
     }
 
     /// A failure in words. `file` is what was asked for in the repository, if not the repository itself.
     pub fn explain(&self, failure: Failure, repo: &RepoSpec, file: Option<&str>) -> Error {
         failure.explain(&self.settings, repo, file)
     }
+}
+
+/// The bytes of `body`, read on a thread of their own: a connection that falls silent must not keep a wish to stop
+/// waiting. The thread ends with the body or, once nobody listens, with the next bytes or the timeout.
+pub(super) fn read_ahead(mut body: impl Read + Send + 'static) -> Receiver<std::io::Result<Vec<u8>>> {
+    let (sender, arriving) = sync_channel(BUFFERS_AHEAD);
+    let read = move || {
+        loop {
+            let mut buffer = vec![0; BUFFER_BYTES];
+            let read = body.read(&mut buffer).map(|read| {
+                buffer.truncate(read);
+                buffer
+            });
+            // The end, which the hung-up channel tells.
+            if read.as_ref().is_ok_and(Vec::is_empty) {
+                return;
+            }
+            let failed = read.is_err();
+            if sender.send(read).is_err() || failed {
+                return;
+            }
+        }
+    };
+    // Without a thread the channel hangs up at once: the attempt brought nothing, and is made again.
+    let _ = std::thread::Builder::new().name("download".into()).spawn(read);
+    arriving
+}
+
+/// The address of the next page in a `Link` header: `<https://…>; rel="next"`.
+fn next_page(links: &str) -> Option<String> {
+    let link = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    Some(link.split_once('<')?.1.split_once('>')?.0.to_owned())
 }
 
 /// What went wrong, without the word `io: ` before what the system says.

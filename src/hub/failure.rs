@@ -46,6 +46,11 @@ impl Refusal {
         }
     }
 
+    /// Whether it says so in the words of a hub.
+    pub fn is_a_hubs(&self) -> bool {
+        !self.code.is_empty()
+    }
+
     fn may_pass(&self) -> bool {
         matches!(self.status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
     }

@@ -12,25 +12,27 @@
 mod address;
 mod cache;
 mod client;
+mod coming;
 mod download;
 mod failure;
+mod listing;
+mod proxy;
 mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
-
+pub use proxy::Proxy;
 pub use settings::{Settings, Token};
 
 use crate::error::{Error, Result};
 use crate::interrupt::Interrupt;
-use address::{escape, escape_all};
-use cache::{Folder, is_commit, is_inside};
+use cache::{Folder, is_inside};
 use client::Client;
-use download::{Wanted, bring};
+use download::{Wanted, bring, enough_space};
 use failure::Failure;
+use listing::{About, Listing};
 
 /// Files named in an error at most.
 const NAMED: usize = 10;
@@ -116,9 +118,12 @@ pub trait Progress: Sync {
     fn start(&self, id: &str, files: usize, bytes: u64);
     /// This many of the bytes are here. Falls back where a file has to come again.
     fn done(&self, bytes: u64);
-    /// Something the user may wonder about.
-    fn note(&self, text: &str);
+    /// This many of them no connection had to bring.
+    fn had(&self, bytes: u64);
 }
+
+/// Says what the user may wonder about, such as a long wait.
+pub type Note = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A hub, and the cache of what came from it. Clones share the connections.
 #[derive(Clone)]
@@ -128,6 +133,7 @@ struct Inner {
     settings: Settings,
     client: Client,
     interrupt: Interrupt,
+    note: Note,
 }
 
 /// A repository at one commit.
@@ -137,34 +143,20 @@ pub struct Repo {
     spec: RepoSpec,
     commit: String,
     folder: Folder,
-    /// Path → size in bytes if the hub listed it; of what is in the cache where there was no listing.
-    files: BTreeMap<String, Option<u64>>,
+    /// What the hub said of each path; of what is in the cache where there was no listing.
+    files: BTreeMap<String, About>,
     listed: bool,
     note: Option<String>,
-}
-
-/// The listing of a repository, as far as it matters here.
-#[derive(Deserialize)]
-struct Listing {
-    sha: String,
-    #[serde(default)]
-    siblings: Vec<Sibling>,
-}
-
-#[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
-    size: Option<u64>,
 }
 
 impl Hub {
     /// A hub; asks nothing yet.
     ///
     /// # Errors
-    /// Certificates that cannot be read.
-    pub fn new(settings: Settings, interrupt: &Interrupt) -> Result<Self> {
-        let client = Client::new(&settings, interrupt)?;
-        Ok(Self(Arc::new(Inner { settings, client, interrupt: interrupt.clone() })))
+    /// Certificates that cannot be read, a proxy that cannot be used.
+    pub fn new(settings: Settings, interrupt: &Interrupt, note: Note) -> Result<Self> {
+        let client = Client::new(&settings, interrupt, Arc::clone(&note))?;
+        Ok(Self(Arc::new(Inner { settings, client, interrupt: interrupt.clone(), note })))
     }
 
     /// Where it is and where its files are kept.
@@ -178,6 +170,10 @@ impl Hub {
 
     fn interrupt(&self) -> &Interrupt {
         &self.0.interrupt
+    }
+
+    fn note(&self, text: &str) {
+        (self.0.note)(text);
     }
 
     /// Whether the hub answers: the reason if it does not.
@@ -218,9 +214,8 @@ impl Hub {
                 })
             });
         }
-        let (noun, id, revision) = (spec.kind.noun(), escape(&spec.id), escape_all(&spec.revision));
-        match self.client().json::<Listing>(&format!("api/{noun}s/{id}/revision/{revision}?blobs=true")) {
-            Ok(listing) => self.listed(spec, listing),
+        match Listing::of(self.client(), &self.settings().endpoint, spec) {
+            Ok(listing) => Ok(self.listed(spec, listing)),
             Err(failure) => {
                 let cached = if failure.may_pass() { self.cached(spec) } else { None };
                 let error = self.client().explain(failure, spec, None);
@@ -237,30 +232,23 @@ impl Hub {
         }
     }
 
-    fn listed(&self, spec: &RepoSpec, listing: Listing) -> Result<Repo> {
-        if !is_commit(&listing.sha) {
-            return Err(Error::new("the hub's answer is not what it should be")
-                .at(spec.page(&self.settings().endpoint))
-                .expected("a commit hash")
-                .found(format!("{:?}", listing.sha.chars().take(80).collect::<String>())));
-        }
-        // Names that would leave the cache are nobody's files.
-        let files = listing.siblings.into_iter().filter(|file| is_inside(&file.rfilename));
-        Ok(Repo {
+    fn listed(&self, spec: &RepoSpec, listing: Listing) -> Repo {
+        Repo {
             hub: self.clone(),
             folder: Folder::new(&self.settings().cache, spec),
             spec: spec.clone(),
-            commit: listing.sha,
-            files: files.map(|file| (file.rfilename, file.size)).collect(),
+            commit: listing.commit,
+            files: listing.files,
             listed: true,
             note: None,
-        })
+        }
     }
 
     fn cached(&self, spec: &RepoSpec) -> Option<Repo> {
         let folder = Folder::new(&self.settings().cache, spec);
         let commit = folder.commit_of(&spec.revision)?;
-        let files: BTreeMap<_, _> = folder.listing(&commit).into_iter().map(|path| (path, None)).collect();
+        let files: BTreeMap<_, _> =
+            folder.listing(&commit).into_iter().map(|path| (path, About::default())).collect();
         if files.is_empty() {
             return None;
         }
@@ -306,7 +294,7 @@ impl Repo {
 
     /// Size of a file in bytes, where the hub listed it.
     pub fn bytes(&self, path: &str) -> Option<u64> {
-        self.files.get(path).copied().flatten()
+        self.files.get(path)?.bytes
     }
 
     /// Whether nobody can tell if it has this file: there was no listing, it is not in the cache, and nobody asked
@@ -320,16 +308,34 @@ impl Repo {
         self.folder.snapshot(&self.commit)
     }
 
-    /// Of these files, how many have to be brought and their bytes.
+    /// Of these files, how many have to be brought, and the bytes that still have to come for it.
     pub fn missing(&self, paths: &[impl AsRef<str>]) -> (usize, u64) {
         let wanted = self.wanted(paths);
-        (wanted.len(), wanted.iter().filter_map(|file| file.bytes).sum())
+        let to_come = wanted.iter().filter(|file| file.bytes.is_none() || file.to_come() > 0);
+        (to_come.count(), wanted.iter().map(Wanted::to_come).fold(0, u64::saturating_add))
+    }
+
+    /// Fails where these files could not be brought: without a network, or without room on the disk.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn check(&self, paths: &[impl AsRef<str>]) -> Result<()> {
+        let wanted = self.wanted(paths);
+        match wanted.is_empty() || self.listed {
+            true => enough_space(self, &wanted),
+            false => Err(self.not_cached(&wanted)),
+        }
     }
 
     fn wanted(&self, paths: &[impl AsRef<str>]) -> Vec<Wanted> {
         let paths: BTreeSet<&str> = paths.iter().map(AsRef::as_ref).collect();
         let missing = paths.into_iter().filter(|path| self.folder.file(&self.commit, path).is_none());
-        missing.map(|path| Wanted { path: path.to_owned(), bytes: self.bytes(path) }).collect()
+        let wanted = |path: &str| {
+            let About { bytes, etag } = self.files.get(path).cloned().unwrap_or_default();
+            let here = etag.as_ref().map_or(0, |etag| self.folder.bytes_here(etag));
+            Wanted { path: path.to_owned(), bytes, etag, here }
+        };
+        missing.map(wanted).collect()
     }
 
     /// Makes sure that these files are in [`snapshot`](Self::snapshot).
@@ -379,6 +385,11 @@ impl Repo {
                 .filter(|path| !self.has(path))
                 .for_each(|path| self.folder.note_absent(&self.commit, path));
         }
+    }
+
+    /// Whether a run without a network would find any commit for the revision.
+    pub fn is_settled(&self) -> bool {
+        self.folder.commit_of(&self.spec.revision).is_some()
     }
 
     /// Makes this commit the one that runs without a network take for the revision. To be called when everything

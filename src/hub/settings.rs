@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::proxy::Proxy;
 use crate::error::{Context, Error, Result};
 
 /// Where the hub is, unless `HF_ENDPOINT` names a mirror.
@@ -40,6 +41,8 @@ pub struct Settings {
     pub offline: Option<&'static str>,
     /// Longest wait for a connection, and for the next bytes of an answer.
     pub timeout: Duration,
+    /// The way out.
+    pub proxy: Option<Proxy>,
     /// Certificates to trust instead of the public ones, in PEM, and the variable that names them.
     pub certificates: Option<(PathBuf, &'static str)>,
 }
@@ -80,8 +83,10 @@ impl Settings {
             }
             None => TIMEOUT,
         };
+        let endpoint = check_endpoint(endpoint.trim_end_matches('/'))?;
         Ok(Self {
-            endpoint: check_endpoint(endpoint.trim_end_matches('/'))?,
+            proxy: Proxy::of(&endpoint, &set),
+            endpoint,
             cache: cache.unwrap_or_else(|| home.join("hub")),
             token: token(&set, &path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token")))?,
             offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"]

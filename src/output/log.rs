@@ -67,6 +67,11 @@ impl Log {
         self.lines.say(&format!("warning: {text}"), Some(&mut io::stderr()));
     }
 
+    /// What ended the job, to stderr after `error: `.
+    pub fn error(&self, text: &str) {
+        self.lines.say(&format!("error: {text}"), Some(&mut io::stderr()));
+    }
+
     /// What is going on, to stderr.
     pub fn note(&self, text: &str) {
         self.lines.say(text, Some(&mut io::stderr()));
@@ -123,7 +128,8 @@ mod tests {
         log.warn("few texts");
         log.out("a\nb");
         log.keep("more");
-        assert_eq!(log.text(), "reading\nwarning: few texts\na\nb\nmore\n");
+        log.error("no texts");
+        assert_eq!(log.text(), "reading\nwarning: few texts\na\nb\nmore\nerror: no texts\n");
     }
 
     #[test]

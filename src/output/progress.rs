@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
-use super::report::{size, thousands};
+use crate::units::{size, thousands};
 
 /// A phase that is over before this draws no bar: it would only flicker.
 const BAR_AFTER: Duration = Duration::from_millis(300);
@@ -33,8 +33,6 @@ pub enum Unit {
     Samples,
     /// Texts of a dataset.
     Texts,
-    /// Tokens.
-    Tokens,
     /// Bytes, shown in binary units.
     Bytes,
 }
@@ -44,7 +42,6 @@ impl Unit {
         match self {
             Self::Samples => format!("{} samples", thousands(number)),
             Self::Texts => format!("{} texts", thousands(number)),
-            Self::Tokens => format!("{} tokens", thousands(number)),
             Self::Bytes => size(number),
         }
     }
@@ -95,7 +92,7 @@ struct Phase {
     unit: Unit,
     started: Instant,
     done: AtomicU64,
-    /// Of `done`, what was there at the start.
+    /// Of `done`, what cost this phase no time.
     before: AtomicU64,
     total: AtomicU64,
     detail: Mutex<String>,
@@ -133,20 +130,16 @@ impl Bar {
         Self { phase, shown: thread.map(|thread| (sender, thread)) }
     }
 
-    /// So much is done.
+    /// So much is done, what was here before ([`Bar::had`]) included.
     pub fn set(&self, done: u64) {
         self.phase.done.store(done, Ordering::Relaxed);
     }
 
-    /// So much more is done.
-    pub fn advance(&self, more: u64) {
-        self.phase.done.fetch_add(more, Ordering::Relaxed);
-    }
-
-    /// So much was done before the phase began, as of a download that is taken up again: it counts in no rate.
-    pub fn resume_at(&self, done: u64) {
-        self.phase.before.store(done, Ordering::Relaxed);
-        self.set(done);
+    /// Of what is done, so much was here before and counts in no rate: the start of a download that is taken up
+    /// again, a file that another program brought. What is done stays as it is, so that who finds such a file need
+    /// not know how far the others are.
+    pub fn had(&self, before: u64) {
+        self.phase.before.store(before, Ordering::Relaxed);
     }
 
     /// So much there is to do.

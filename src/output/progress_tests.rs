@@ -27,29 +27,34 @@ fn lines_say_what_is_known() {
 
     let bar = phase(Unit::Texts, None);
     assert_eq!(line(&bar, 6), "computing: 6 s so far");
-    bar.advance(12_000);
+    bar.set(12_000);
     assert_eq!(line(&bar, 6), "computing: 12,000 texts, 2,000 texts/s, 6 s so far");
 }
 
 /// What was there already has cost no time.
 #[test]
-fn what_is_resumed_counts_in_no_rate() {
+fn what_was_here_before_counts_in_no_rate() {
     let bar = phase(Unit::Bytes, Some(3 << 30));
-    bar.resume_at(2 << 30);
+    bar.had(2 << 30);
+    assert_eq!(line(&bar, 6), "computing: 0 B of 3.0 GiB, 6 s so far", "only `set` says how much is done");
+    bar.set(2 << 30);
     assert_eq!(line(&bar, 6), "computing: 2.0 GiB of 3.0 GiB, 6 s so far");
-    bar.advance(512 << 20);
+    bar.set(2560 << 20);
     assert_eq!(line(&bar, 10), "computing: 2.5 GiB of 3.0 GiB, 51.2 MiB/s, about 10 s left");
+    // Another file turns out to be here, of which nobody has counted anything yet.
+    bar.had(2560 << 20);
+    assert_eq!(line(&bar, 10), "computing: 2.5 GiB of 3.0 GiB, 10 s so far");
 }
 
+/// Who finds something here does not undo what another thread counts meanwhile.
 #[test]
-fn several_threads_advance_one_bar() {
-    let bar = phase(Unit::Bytes, None);
+fn threads_count_what_is_done_and_what_was_here() {
+    let bar = phase(Unit::Bytes, Some(2_000));
     std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| (0..1000).for_each(|_| bar.advance(3)));
-        }
+        scope.spawn(|| (0..=1_000).for_each(|done| bar.set(done)));
+        scope.spawn(|| (0..=600).for_each(|before| bar.had(before)));
     });
-    assert_eq!(bar.phase.done.load(Ordering::Relaxed), 12_000);
+    assert_eq!(line(&bar, 4), "computing: 1000 B of 2.0 KiB, 100 B/s, about 10 s left");
 }
 
 #[test]
@@ -166,7 +171,7 @@ fn a_line_finds_the_bars_gone_and_they_come_back() {
     let compute = Bar::start(&screen, "computing", Unit::Samples, Some(500), |_| {});
     let fetch = Bar::start(&screen, "fetching", Unit::Bytes, Some(1 << 20), |_| {});
     compute.set(120);
-    fetch.advance(1 << 19);
+    fetch.set(1 << 19);
     terminal.wait_for("120 of 500 samples");
     terminal.wait_for("512.0 KiB of 1.0 MiB");
     screen.without_bars(|| terminal.push("[a line]\n").unwrap());

@@ -122,6 +122,14 @@ impl ModelFiles {
         }
     }
 
+    /// Fails where the weights could not be brought: without a network, or without room on the disk.
+    pub fn check_weights(&self) -> Result<()> {
+        match self {
+            Self::Folder(_) | Self::Embedded(_) => Ok(()),
+            Self::Hub { repo, weights } => repo.check(weights),
+        }
+    }
+
     /// Bytes of the files that hold the weights, as the hub lists them; 0 where it does not.
     pub fn listed_weight_bytes(&self) -> u64 {
         match self {
@@ -130,7 +138,7 @@ impl ModelFiles {
         }
     }
 
-    /// Brings the weights, and lets later runs without a network use this commit.
+    /// Brings the weights, and lets later runs without a network use this commit. Asks nothing where all are here.
     pub fn fetch_weights(&self, fetcher: &Fetcher) -> Result<()> {
         match self {
             Self::Folder(_) | Self::Embedded(_) => Ok(()),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::demo::Embedded;
 use super::fetch::Fetcher;
 use crate::cli::{DATASET, TextArgs};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::hub::{Kind, Repo, is_id};
 use crate::source::{TextSpec, Texts, files_of, is_readable};
 
@@ -65,9 +65,17 @@ impl Corpus {
         let mut readme = None;
         if repo.has(README) {
             fetcher.get(&repo, &[README])?;
-            let bytes = std::fs::read(repo.snapshot().join(README)).unwrap_or_default();
+            let path = repo.snapshot().join(README);
+            let bytes =
+                std::fs::read(&path).context_path("cannot read the description of the dataset", path)?;
             readme = Some(String::from_utf8_lossy(&bytes).into_owned());
+        } else if repo.is_uncertain(README) {
+            fetcher.log().warn(&format!(
+                "the cache does not tell whether {} has a {README}: its files are chosen by their names",
+                args.dataset
+            ));
         }
+        repo.note_absent(&[README]);
         let default = (args.dataset == DATASET).then_some(DATASET_CONFIG);
         let split = args.dataset_split.as_deref().unwrap_or("train");
         let mut paths: Vec<String> = repo.files().map(str::to_owned).collect();
@@ -111,18 +119,53 @@ impl Corpus {
             Self::Embedded(demo) => Texts::from_bytes(demo.corpus_name, demo.corpus, spec),
             Self::Hub { repo, files, .. } => {
                 let (repo, fetcher) = (repo.clone(), fetcher.clone());
-                let name = repo.id().to_owned();
                 let fetch = move |file: &str| {
                     fetcher.get(&repo, &[file])?;
-                    repo.settle()?;
+                    // Better than nothing for later runs without a network.
+                    if !repo.is_settled() {
+                        repo.settle()?;
+                    }
                     Ok(repo.snapshot().join(file))
                 };
-                Texts::fetched(&name, files.clone(), fetch, spec)
+                Texts::fetched(&self.name().to_string_lossy(), files.clone(), fetch, spec)
             }
         }
     }
 
-    /// How many files still have to come, and their bytes.
+    /// Opens those of its first files that are here; `None` where not even the first one is.
+    pub fn open_here(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<Option<Texts>> {
+        let Self::Hub { repo, config, split, files } = self else {
+            return self.open(spec, fetcher).map(Some);
+        };
+        let here = files.iter().take_while(|file| repo.missing(&[file]).0 == 0).cloned().collect::<Vec<_>>();
+        if here.is_empty() {
+            return Ok(None);
+        }
+        let (repo, config, split) = (repo.clone(), config.clone(), split.clone());
+        Self::Hub { repo, config, split, files: here }.open(spec, fetcher).map(Some)
+    }
+
+    /// Lets later runs without a network use this commit, now that all texts that were wanted have been read.
+    pub fn settle(&self) -> Result<()> {
+        match self {
+            Self::Local(_) | Self::Embedded(_) => Ok(()),
+            Self::Hub { repo, .. } => repo.settle(),
+        }
+    }
+
+    /// Fails where not even its first text can be had. Files on the hub are asked about, and not brought.
+    pub fn check(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<()> {
+        match self {
+            Self::Hub { repo, files, .. } => repo.check(&files[..1])?,
+            // What a pipe gave would be gone.
+            Self::Local(path) if !path.is_file() && !path.is_dir() => return Texts::open(spec).map(drop),
+            Self::Local(_) | Self::Embedded(_) => {}
+        }
+        let texts = self.open_here(spec, fetcher)?;
+        texts.and_then(|mut texts| texts.next()).transpose().map(drop)
+    }
+
+    /// How many files still have to come if all are wanted, and their bytes.
     pub fn missing(&self) -> (usize, u64) {
         match self {
             Self::Local(_) | Self::Embedded(_) => (0, 0),
@@ -158,7 +201,7 @@ fn add_missing_parts(paths: &mut Vec<String>) {
 
 /// The paths of all parts of the file of which `path` is one.
 fn parts_like(path: &str) -> Option<impl Iterator<Item = String>> {
-    let (start, end) = path.split_once("-of-")?;
+    let (start, end) = path.rsplit_once("-of-")?;
     let number = start.rsplit_once('-')?.1;
     let digits = number.len();
     let count = end.get(..digits)?;

@@ -2,60 +2,42 @@
 
 use std::path::Path;
 
-use super::checkpoint::ModelFiles;
-use super::corpus::Corpus;
+use time::PrimitiveDateTime;
+
+use super::Plan;
 use super::fetch::Fetcher;
 use super::machine::{free_memory, num_cores};
 use crate::backend::cpu;
 use crate::backend::cuda::{self, ModuleSpec, Nvrtc, device::MIN_COMPUTE_CAPABILITY};
-use crate::cli::DoctorArgs;
+use crate::cli::LayerArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Settings, free_bytes};
 use crate::units::size;
 
-/// What was found, line by line, and what stands in the way of the job.
-struct Findings<'a> {
-    fetcher: &'a Fetcher,
-    problems: Vec<Error>,
-}
-
 /// Says on the log what was found.
 ///
 /// # Errors
-/// The first thing that `gradlens layer --save_outputs` with these flags would fail at.
-pub fn doctor(args: &DoctorArgs, fetcher: &Fetcher) -> Result<()> {
-    let mut findings = Findings { fetcher, problems: Vec::new() };
+/// The first thing that `gradlens layer` with these flags would fail at.
+pub fn doctor(args: &LayerArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<()> {
+    let findings = Findings { fetcher };
     findings.say("gradlens", env!("CARGO_PKG_VERSION"));
     findings.machine()?;
     findings.cuda();
-    findings.places();
-    findings.job(args);
-    match findings.problems.into_iter().next() {
-        None => {
-            fetcher.log().out("\n`gradlens layer` with this model and these texts can run here");
-            Ok(())
-        }
-        Some(problem) => {
-            fetcher.log().out("\n`gradlens layer` with this model and these texts cannot run here");
-            Err(problem)
-        }
-    }
+    findings.places(&args.output_dir);
+    let verdict = findings.job(args, timestamp);
+    let can = if verdict.is_ok() { "can" } else { "cannot" };
+    fetcher.log().out(&format!("\n`gradlens layer` with these flags {can} run here"));
+    verdict
+}
+
+/// What was found, line by line.
+struct Findings<'a> {
+    fetcher: &'a Fetcher,
 }
 
 impl Findings<'_> {
     fn say(&self, name: &str, text: impl std::fmt::Display) {
         self.fetcher.log().out(&format!("{name:<13}{text}"));
-    }
-
-    /// A line with what was found or what is wrong, which then stands in the way.
-    fn need(&mut self, name: &str, found: Result<String>) {
-        match found {
-            Ok(text) => self.say(name, text),
-            Err(error) => {
-                self.say(name, error.what());
-                self.problems.push(error);
-            }
-        }
     }
 
     fn machine(&self) -> Result<()> {
@@ -89,7 +71,7 @@ impl Findings<'_> {
                     nvrtc.path.as_ref().map_or("the loader's path".into(), |path| path.display().to_string());
                 self.say("NVRTC", format!("{}.{} from {place}", nvrtc.version.0, nvrtc.version.1));
             }
-            Err(error) => self.say("NVRTC", error.to_string().replace('\n', "\n             ")),
+            Err(error) => self.say("NVRTC", indented(&error)),
         }
         match ModuleSpec::from_environment().map(|spec| spec.cache) {
             Ok(Some(folder)) => {
@@ -102,7 +84,7 @@ impl Findings<'_> {
     }
 
     /// Where files come from and go to.
-    fn places(&mut self) {
+    fn places(&self, output: &Path) {
         match self.fetcher.hub().map(|hub| hub.settings().clone()) {
             Ok(settings) => {
                 self.say("hub", self.hub(&settings));
@@ -115,19 +97,9 @@ impl Findings<'_> {
                 );
                 self.say("cache", place(&settings.cache));
             }
-            Err(error) => self.need("hub", Err(error)),
+            Err(error) => self.say("hub", indented(&error)),
         }
-        let here = tempfile::tempfile_in(".").map(|_| place(Path::new(".")));
-        self.need(
-            "output",
-            here.map_err(|cause| {
-                Error::new("results cannot be written to this folder")
-                    .at("the working directory")
-                    .expected("a folder in which files can be made")
-                    .found(cause)
-                    .hint("name another place with --output_dir")
-            }),
-        );
+        self.say("output", place(output));
     }
 
     fn hub(&self, settings: &Settings) -> String {
@@ -141,52 +113,21 @@ impl Findings<'_> {
         }
     }
 
-    /// Whether the model and the texts could be had.
-    fn job(&mut self, args: &DoctorArgs) {
-        let name = &args.model.model_name;
-        let model = ModelFiles::find(&args.model, self.fetcher).and_then(|files| {
-            let config = files.config()?;
-            let about = format!("{name}, {}, {} layers", config.model_type, config.num_layers);
-            self.within_reach(about, files.missing_weights())
-        });
-        self.need("model", model);
-        let corpus = Corpus::find(&args.texts, self.fetcher).and_then(|corpus| {
-            let about = corpus.name().display().to_string();
-            match corpus.place() {
-                None if !corpus.name().exists() => Err(Error::new("the dataset is not on this machine")
-                    .at("--dataset")
-                    .expected("a path, or the id of a dataset on the hub")
-                    .found(about)
-                    .hint("check the path")),
-                // A part of the files may do: what all of them take is not asked of the disk.
-                _ => Ok(match corpus.missing() {
-                    (0, _) => format!("{about}, on this machine"),
-                    (files, bytes) => {
-                        format!("{about}, {files} files to download as far as needed, {}", size(bytes))
-                    }
-                }),
-            }
-        });
-        self.need("texts", corpus);
+    /// The job itself, as far as it goes without a download of weights or of texts.
+    fn job(&self, args: &LayerArgs, timestamp: PrimitiveDateTime) -> Result<()> {
+        let args = LayerArgs { dry_run: true, ..args.clone() };
+        let plan = Plan::layer(&args, timestamp, self.fetcher)?;
+        // As a run would: results of one that saves nothing have nowhere to go to.
+        self.say("model", plan.model());
+        self.say("weights", plan.weights());
+        self.say("texts", plan.texts_to_download().unwrap_or_else(|| "on this machine".into()));
+        plan.open_tokens().map(drop)
     }
+}
 
-    /// What is still to come, if the disk has room for it.
-    fn within_reach(&self, about: String, (files, bytes): (usize, u64)) -> Result<String> {
-        if files == 0 {
-            return Ok(format!("{about}, on this machine"));
-        }
-        let cache = &self.fetcher.hub()?.settings().cache;
-        match free_bytes(cache) {
-            Some(free) if free < bytes => {
-                Err(Error::new(format!("not enough room to download the model, {about}"))
-                    .at_path(cache)
-                    .expected(size(bytes))
-                    .found(format!("{} free", size(free)))
-                    .hint("make room, or set HF_HOME to a folder on a larger disk"))
-            }
-            _ => Ok(format!("{about}, {} to download", size(bytes))),
-        }
-    }
+/// An error below the name of what it is about.
+fn indented(error: &Error) -> String {
+    error.to_string().replace('\n', "\n             ")
 }
 
 /// A folder and the room there.

@@ -1,6 +1,6 @@
 //! Bringing files of the hub here, and showing it.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::Result;
 use crate::hub::{Hub, Kind, Progress, Repo, RepoSpec, Settings};
@@ -31,7 +31,8 @@ impl Fetcher {
         if let Some(hub) = self.hub.get() {
             return Ok(hub);
         }
-        let hub = Hub::new(Settings::from_env()?, &self.interrupt)?;
+        let log = self.log.clone();
+        let hub = Hub::new(Settings::from_env()?, &self.interrupt, Arc::new(move |text| log.note(text)))?;
         Ok(self.hub.get_or_init(|| hub))
     }
 
@@ -84,7 +85,7 @@ impl Progress for Shown<'_> {
         self.bar(|bar| bar.iter().for_each(|bar| bar.set(bytes)));
     }
 
-    fn note(&self, text: &str) {
-        self.log.note(text);
+    fn had(&self, bytes: u64) {
+        self.bar(|bar| bar.iter().for_each(|bar| bar.had(bytes)));
     }
 }

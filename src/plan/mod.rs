@@ -197,15 +197,28 @@ impl Plan {
         };
         // Opened and dropped: what it made is removed again.
         drop(Target::prepare(&output)?);
+        let texts = TextSpec {
+            dataset: corpus.name().to_owned(),
+            text_column: args.texts.text_column.clone(),
+            min_chars: args.texts.min_chars,
+            num_samples,
+        };
+        files.check_weights()?;
+        corpus.check(&texts, fetcher)?;
+        let to_come = files.missing_weights() != (0, 0);
         let mut download_s = None;
-        if !args.dry_run {
-            let (started, to_come) = (Instant::now(), files.missing_weights() != (0, 0));
+        if to_come && !args.dry_run {
+            // The first text's file is small beside the weights, and needed anyway.
+            corpus.open(&texts, fetcher)?.next().transpose()?;
+            let started = Instant::now();
             files.fetch_weights(fetcher)?;
-            download_s = to_come.then(|| started.elapsed().as_secs_f64());
+            download_s = Some(started.elapsed().as_secs_f64());
+        } else if !to_come {
+            files.fetch_weights(fetcher)?;
         }
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
-        if files.missing_weights() == (0, 0) {
+        if !(to_come && args.dry_run) {
             let checkpoint = files.checkpoint()?;
             tensors = checkpoint.load(&spec.weights)?;
             weight_bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
@@ -245,12 +258,7 @@ impl Plan {
             },
         );
         Ok(Self {
-            texts: TextSpec {
-                dataset: corpus.name().to_owned(),
-                text_column: args.texts.text_column.clone(),
-                min_chars: args.texts.min_chars,
-                num_samples,
-            },
+            texts,
             max_length: args.max_length,
             batch_size: args.batch_size,
             passes: PassSpec {
@@ -293,6 +301,16 @@ impl Plan {
     /// Opens the dataset. Of one on the hub, files come when they are read.
     pub fn open_texts(&self) -> Result<Texts> {
         self.corpus.open(&self.texts, &self.fetcher)
+    }
+
+    /// Opens what can be read without a download; `None` where that is nothing.
+    pub fn open_texts_here(&self) -> Result<Option<Texts>> {
+        self.corpus.open_here(&self.texts, &self.fetcher)
+    }
+
+    /// To be called when all texts have been read: from now on, runs without a network find them.
+    pub fn settle_texts(&self) -> Result<()> {
+        self.corpus.settle()
     }
 
     /// Loads the tokenizer.

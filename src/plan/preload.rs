@@ -1,14 +1,14 @@
 //! `gradlens fetch`: brings what `gradlens layer` with the same flags reads, for machines without a network.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::checkpoint::ModelFiles;
 use super::corpus::Corpus;
 use super::fetch::Fetcher;
 use crate::cli::FetchArgs;
-use crate::error::{Error, Result};
-use crate::hub::{Kind, Repo, is_id};
-use crate::source::{TextSpec, count};
+use crate::error::{Error, Kind, Result};
+use crate::hub::{Kind as RepoKind, Repo, is_id};
+use crate::source::{TextSpec, count, nothing_kept};
 use crate::units::{size, thousands};
 
 /// Stands for a layer's number in `--sae`.
@@ -22,51 +22,64 @@ const SAE_ENDINGS: [&str; 6] = ["safetensors", "pt", "npz", "json", "yaml", "yml
 /// What [`Plan::layer`](super::Plan::layer) refuses of a model and a dataset; texts that cannot be read; SAEs that
 /// are not there.
 pub fn preload(args: &FetchArgs, fetcher: &Fetcher) -> Result<()> {
-    let log = fetcher.log();
+    let (log, layer) = (fetcher.log(), &args.layer);
     // From what is small to what is large. A model that cannot be read is not worth its download.
-    let model = ModelFiles::find(&args.model, fetcher)?;
+    let model = ModelFiles::find(&layer.model, fetcher)?;
     model.config()?;
-    let corpus = Corpus::find(&args.texts, fetcher)?;
+    let corpus = Corpus::find(&layer.texts, fetcher)?;
     let saes = args.sae.as_deref().map(|sae| Saes::find(sae, fetcher)).transpose()?;
+    model.check_weights()?;
 
     let texts = TextSpec {
         dataset: corpus.name().to_owned(),
-        text_column: args.texts.text_column.clone(),
-        min_chars: args.texts.min_chars,
-        num_samples: args.texts.num_samples,
+        text_column: layer.texts.text_column.clone(),
+        min_chars: layer.texts.min_chars,
+        num_samples: layer.texts.num_samples,
     };
     // Read, because only that shows how many files hold enough texts.
-    let counts = count(corpus.open(&texts, fetcher)?, fetcher.interrupt(), |_| ())?;
-    let kept = thousands(counts.kept);
-    match corpus.place() {
-        Some(place) => {
-            log.out(&format!("dataset  {kept} texts of {}, in {}", corpus.name().display(), place.display()))
-        }
-        None => log
-            .out(&format!("dataset  {kept} texts of {}, on this machine as it is", corpus.name().display())),
+    let counts = count(corpus.open(&texts, fetcher)?, fetcher.interrupt(), |_| ()).map_err(kept)?;
+    if counts.kept == 0 {
+        return Err(nothing_kept(&counts, &texts));
     }
+    corpus.settle()?;
+    log.out(&format!(
+        "dataset  {} texts of {}, {}",
+        thousands(counts.kept),
+        corpus.name().display(),
+        place(corpus.place())
+    ));
 
     model.fetch_weights(fetcher)?;
     model.checkpoint()?;
-    let name = &args.model.model_name;
-    match model.place() {
-        Some(place) => log.out(&format!("model    {name}, in {}", place.display())),
-        None => log.out(&format!("model    {name}, on this machine as it is")),
-    }
+    log.out(&format!("model    {}, {}", layer.model.model_name, place(model.place())));
     if let Some(saes) = saes {
         fetcher.get(&saes.repo, &saes.files)?;
         saes.repo.settle()?;
         let bytes = saes.files.iter().filter_map(|file| saes.repo.bytes(file)).sum();
-        log.out(&format!(
-            "SAEs     {} files of {}, {}, in {}",
-            thousands(saes.files.len() as u64),
-            saes.repo.id(),
-            size(bytes),
-            saes.repo.snapshot().display()
-        ));
+        let files = thousands(saes.files.len() as u64);
+        let place = place(Some(saes.repo.snapshot()));
+        log.out(&format!("SAEs     {files} files of {}, {}, {place}", saes.repo.id(), size(bytes)));
     }
-    log.out("with HF_HUB_OFFLINE=1, and HF_HOME as it is now, no command asks the hub again");
+    log.out("with HF_HUB_OFFLINE=1 and the same cache, `gradlens layer` with these flags asks the hub for nothing");
     Ok(())
+}
+
+/// An interruption says what becomes of what came.
+fn kept(error: Error) -> Error {
+    match error.kind() {
+        Kind::Interrupted { .. } => {
+            error.found("the texts were still being downloaded; the next run goes on from there")
+        }
+        Kind::Failed | Kind::Usage => error,
+    }
+}
+
+/// Where files are.
+fn place(snapshot: Option<PathBuf>) -> String {
+    match snapshot {
+        Some(folder) => format!("in {}", folder.display()),
+        None => "on this machine as it is".into(),
+    }
 }
 
 /// SAEs on the hub.
@@ -88,7 +101,7 @@ impl Saes {
                 .found(if Path::new(sae).exists() { "a path on this machine" } else { "no id" })
                 .hint("files on this machine need no fetching: leave --sae out"));
         }
-        let repo = fetcher.open(Kind::Model, &id, "main")?;
+        let repo = fetcher.open(RepoKind::Model, &id, "main")?;
         let has_ending =
             |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| SAE_ENDINGS.contains(&ending));
         let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));

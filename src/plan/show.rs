@@ -74,7 +74,15 @@ impl fmt::Display for Plan {
 }
 
 impl Plan {
-    fn weights(&self) -> String {
+    /// Its name, architecture, and commit on the hub.
+    pub(super) fn model(&self) -> String {
+        let commit =
+            self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
+        format!("{} ({}{commit})", self.model_name, self.config.model_type)
+    }
+
+    /// Size and type of the weights, or what of them is still to come.
+    pub(super) fn weights(&self) -> String {
         let bytes = size(self.weight_bytes);
         match self.files.missing_weights() {
             (0, _) => format!("{bytes} as {}, mapped", self.weight_types()),

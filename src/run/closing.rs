@@ -66,13 +66,13 @@ pub(super) fn sink_warning(sink: &MomentSink, direction: Direction) -> Option<St
 /// What was read and what it cost, in a few lines.
 pub(super) fn summary(counts: &SourceCounts, totals: &Totals, compute_s: f64) -> String {
     let mut text = format!(
-        "texts   {} read, {} kept, {} too short, {} cut to the longest sample\ntokens  {} at {:.0} tokens/s",
+        "texts   {} read, {} kept, {} too short, {} cut to the longest sample\ntokens  {} at {} tokens/s",
         thousands(counts.texts.read),
         thousands(counts.texts.kept),
         thousands(counts.texts.too_short),
         thousands(counts.truncated),
         thousands(totals.tokens),
-        totals.tokens as f64 / compute_s
+        thousands((totals.tokens as f64 / compute_s).round() as u64)
     );
     if let Some(nats) = totals.loss_nats {
         let mean = nats / totals.targets as f64;
@@ -87,6 +87,7 @@ mod tests {
     use crate::backend::Chunk;
     use crate::backend::cpu::Cpu;
     use crate::model::op::Site;
+    use crate::source::TextCounts;
     use crate::stats::{Sink, Tap};
 
     /// One sample of `tokens` tokens, at whose first one layer l has the value `first[l]`; 1 everywhere else.
@@ -119,6 +120,18 @@ mod tests {
         let two = warning(100, &[1.0, 25.0, -297.0, 2.0]).unwrap();
         assert!(two.contains("in layer 2 position 0 holds 75.0% of"), "{two}");
         assert!(two.contains(", the most of 2 such layers;"), "{two}");
+    }
+
+    #[test]
+    fn numbers_of_the_summary_have_separators() {
+        let texts = TextCounts { read: 12_000, kept: 11_500, too_short: 500 };
+        let counts = SourceCounts { texts, truncated: 1_234, ..SourceCounts::default() };
+        let totals = Totals { tokens: 1_234_567, ..Totals::default() };
+        assert_eq!(
+            summary(&counts, &totals, 100.0),
+            "texts   12,000 read, 11,500 kept, 500 too short, 1,234 cut to the longest sample\n\
+             tokens  1,234,567 at 12,346 tokens/s\n"
+        );
     }
 
     /// Of 5 tokens one is 20 %: it dominates from 80 % on.

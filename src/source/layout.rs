@@ -1,7 +1,7 @@
 //! A dataset repository's list of files → those of one configuration and split, in order. Nothing is fetched here.
 //!
 //! What the README declares counts; where it declares nothing, the names of the files tell, as the `datasets` library
-//! and its uploads have them.
+//! and its uploads have them; where those tell nothing either, everything is for training, as in that library.
 
 use std::collections::HashSet;
 
@@ -15,6 +15,13 @@ use crate::error::{Error, Result};
 const DATA: &str = "data";
 /// What a configuration is called that needs no name.
 const DEFAULT: &str = "default";
+/// The split that everything belongs to where nothing has the name of one.
+const TRAIN: &str = "train";
+/// Words that name a split.
+const SPLITS: [&str; 10] =
+    ["train", "training", "test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"];
+/// Files that are about the data and hold none.
+const FACTS: [&str; 4] = ["config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json"];
 
 /// The files to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,22 +128,24 @@ struct Named<'a> {
 impl Named<'_> {
     fn choose(&self, asked: Option<&str>, split: &str) -> Result<Chosen> {
         let top = self.in_folders(&[DATA, ""], split);
+        let unsplit = self.unsplit("").is_some();
         let folders = self.folders();
         if let Some(name) = asked {
             let folder = name.trim_matches('/');
             let below = format!("{folder}/");
             if !folder.is_empty() && self.files.iter().any(|file| file.starts_with(&below)) {
                 let files = self.in_folders(&[folder], split);
-                let files = files.ok_or_else(|| no_such_split(split, self.splits(&[folder])))?;
+                let files = files.map_or_else(|| self.otherwise(folder, &[folder], split), Ok)?;
                 return Ok(Chosen { config: Some(folder.to_owned()), files });
             }
             return match top {
                 Some(files) if name == DEFAULT => Ok(Chosen { config: None, files }),
-                _ if name == DEFAULT && folders.is_empty() => {
-                    Err(no_such_split(split, self.splits(&[DATA, ""])))
+                _ if name == DEFAULT && (unsplit || folders.is_empty()) => {
+                    let files = self.otherwise("", &[DATA, ""], split)?;
+                    Ok(Chosen { config: None, files })
                 }
                 top => {
-                    let unnamed = top.map(|_| DEFAULT.to_owned());
+                    let unnamed = (unsplit || top.is_some()).then(|| DEFAULT.to_owned());
                     Err(no_such_config(name, unnamed.into_iter().chain(folders).collect()))
                 }
             };
@@ -153,7 +162,7 @@ impl Named<'_> {
             (None, 0) => {
                 let places: Vec<&str> =
                     [DATA, ""].into_iter().chain(folders.iter().map(String::as_str)).collect();
-                Err(no_such_split(split, self.splits(&places)))
+                Ok(Chosen { config: None, files: self.otherwise("", &places, split)? })
             }
             (None, 2..) => Err(which_config(having.into_iter().map(|(folder, _)| folder).collect())),
             (at, _) => {
@@ -170,7 +179,35 @@ impl Named<'_> {
             folder => vec![folder.to_owned(), format!("{folder}/{DATA}")],
         };
         let folders: Vec<&str> = own.iter().map(String::as_str).collect();
-        self.in_folders(&folders, split).ok_or_else(|| no_such_split(split, self.splits(&folders)))
+        let holds = |folder: &&&str| self.files.iter().any(|file| below(file, folder).is_some());
+        let place = folders.iter().find(holds).copied().unwrap_or_default();
+        self.in_folders(&folders, split).map_or_else(|| self.otherwise(place, &folders, split), Ok)
+    }
+
+    /// What `split` is where no name in `folders` tells: everything below `place`, if that has no names of splits and
+    /// this is the split for training.
+    fn otherwise(&self, place: &str, folders: &[&str], split: &str) -> Result<Vec<String>> {
+        match self.unsplit(place) {
+            Some(files) if split == TRAIN => Ok(files),
+            Some(_) => Err(no_such_split(split, vec![TRAIN.to_owned()])),
+            None => Err(no_such_split(split, self.splits(folders))),
+        }
+    }
+
+    /// All files below `place`, if none of their paths from there names a split.
+    fn unsplit(&self, place: &str) -> Option<Vec<String>> {
+        let mut all = Vec::new();
+        for file in &self.files {
+            let Some(rest) = below(file, place) else { continue };
+            if FACTS.contains(&rest.rsplit('/').next().unwrap_or(rest)) {
+                continue;
+            }
+            if names_split(rest) {
+                return None;
+            }
+            all.push((*file).to_owned());
+        }
+        (!all.is_empty()).then_some(all)
     }
 
     /// What `folders` have of `split`, in the first way that gives any: `split-*` in one of them, as uploads are
@@ -220,6 +257,24 @@ fn below<'a>(file: &'a str, folder: &str) -> Option<&'a str> {
         "" => Some(file),
         _ => file.strip_prefix(folder)?.strip_prefix('/'),
     }
+}
+
+/// Whether a path says which split its file is of: in a word of its own, or as uploads number the files of a split of
+/// any name (`data/unsupervised-00000-of-00001.parquet`).
+fn names_split(path: &str) -> bool {
+    let between = |c: char| "/-_. ".contains(c) || c.is_ascii_digit();
+    // A capital keeps nobody from seeing a split in a name; to take `Test.jsonl` for training would be a mistake.
+    let named = path.split(between).any(|word| SPLITS.contains(&word.to_lowercase().as_str()));
+    named || below(path, DATA).is_some_and(is_shard)
+}
+
+/// Whether a name has the form `{split}-00000-of-00001`, whatever follows.
+fn is_shard(name: &str) -> bool {
+    let number = |text: &str| text.len() >= 5 && text.bytes().take(5).all(|byte| byte.is_ascii_digit());
+    let parts: Vec<&str> = name.split('-').collect();
+    let numbered =
+        |four: &[&str]| number(four[1]) && four[1].len() == 5 && four[2] == "of" && number(four[3]);
+    !name.contains('/') && parts.windows(4).any(numbered)
 }
 
 /// The names as an error lists them; dozens are of use, as one of them is to be given.

@@ -213,6 +213,74 @@ fn files_at_the_top() {
     assert_eq!(chosen(&default, None, None, "train").0.as_deref(), Some("default"));
 }
 
+/// Without the name of a split anywhere, all there is makes up the training split.
+#[test]
+fn files_that_name_no_split_are_for_training() {
+    let all = |files: &[&str], config, expected: &[&str]| {
+        assert_eq!(chosen(files, None, config, "train").1, expected, "{config:?} of {files:?}");
+    };
+    all(&["README.md", "corpus.jsonl"], None, &["corpus.jsonl"]);
+    all(&["corpus.jsonl"], Some("default"), &["corpus.jsonl"]);
+    let parts = ["part-10.parquet", "part-9.parquet", "notes.md", "part-0.parquet", "dataset_infos.json"];
+    all(&parts, None, &["part-0.parquet", "part-9.parquet", "part-10.parquet"]);
+    // Folders are no configurations by themselves, but can be asked for.
+    let folders = ["b/2.txt", "b/1.txt", "a/c/x.jsonl"];
+    for config in [None, Some("default")] {
+        all(&folders, config, &["a/c/x.jsonl", "b/1.txt", "b/2.txt"]);
+    }
+    all(&folders, Some("b"), &["b/1.txt", "b/2.txt"]);
+    refuses(&folders, None, Some("c"), "train", &["no configuration \"c\"", "one of default, a/c, b"]);
+    // Only whole words are names of splits.
+    all(&["trained.jsonl", "latest/devices.txt"], None, &["latest/devices.txt", "trained.jsonl"]);
+    for (files, config) in [(&["README.md", "corpus.jsonl"][..], None), (&folders, Some("b")), (&parts, None)]
+    {
+        for split in ["test", "validation", "trai"] {
+            let says = [&format!("no split {split:?}"), "where:    --dataset_split", "one of train\n"];
+            refuses(files, None, config, split, &says);
+        }
+    }
+}
+
+/// Files beside a split are not taken for another one, nor is one split for another.
+#[test]
+fn a_name_of_a_split_anywhere_counts() {
+    let names =
+        ["my_test.jsonl", "x/val/1.txt", "corpus-dev.txt", "Test.jsonl", "eval1.json", "a b/valid 2.txt"];
+    for name in names {
+        let says = ["no split \"train\""];
+        refuses(&["corpus.jsonl", name], None, None, "train", &says);
+    }
+    let upload = ["data/unsupervised-00000-of-00001.parquet"];
+    refuses(&upload, None, None, "train", &["no split \"train\"", "one of unsupervised"]);
+    let older = ["data/en-00000-of-00002-0123456789abcdef.parquet"];
+    refuses(&older, None, None, "train", &["no split \"train\"", "one of en"]);
+    // Such numbers alone name none.
+    let numbered = ["part-00000-of-00001.parquet"];
+    assert_eq!(chosen(&numbered, None, None, "train").1, numbered);
+    // What has names of splits elsewhere does not change a folder that has none.
+    let mixed = ["plain/1.txt", "plain/2.txt", "other/test.txt"];
+    assert_eq!(chosen(&mixed, None, Some("plain"), "train").1, ["plain/1.txt", "plain/2.txt"]);
+    refuses(&mixed, None, Some("other"), "train", &["no split \"train\"", "one of test"]);
+    // The folder's own name is a configuration's.
+    assert_eq!(chosen(&["dev/1.txt"], None, Some("dev"), "train").1, ["dev/1.txt"]);
+}
+
+/// The same for a configuration that README.md declares without files.
+#[test]
+fn a_declared_configuration_without_names_of_splits() {
+    let readme =
+        "---\nconfigs:\n- config_name: a\n- config_name: b\n  data_dir: c/d\n- config_name: e\n---\n";
+    let files = ["a/1.txt", "c/d/2.txt", "c/d/deep/3.txt", "c/test.txt"];
+    let of = |config| chosen(&files, Some(readme), Some(config), "train");
+    assert_eq!(of("a"), (Some("a".into()), list(&["a/1.txt"])));
+    assert_eq!(of("b"), (Some("b".into()), list(&["c/d/2.txt", "c/d/deep/3.txt"])));
+    refuses(&files, Some(readme), Some("e"), "train", &["no split \"train\""]);
+    refuses(&files, Some(readme), Some("a"), "test", &["no split \"test\"", "one of train\n"]);
+    let single = "---\nconfigs:\n- config_name: default\n---\n";
+    let files = ["README.md", "corpus.jsonl", "more/corpus.jsonl"];
+    assert_eq!(chosen(&files, Some(single), None, "train").1, ["corpus.jsonl", "more/corpus.jsonl"]);
+}
+
 #[test]
 fn patterns() {
     let files = [
@@ -332,7 +400,9 @@ proptest! {
     ) {
         if let Ok(Chosen { files: found, .. }) = files_of(&files, None, config.as_deref(), &split) {
             prop_assert!(!found.is_empty());
-            prop_assert!(found.iter().all(|file| files.contains(file) && file.contains(&split)));
+            // Names that tell no split are all of train's.
+            let whole = split == "train" && !found.iter().any(|file| file.contains("test"));
+            prop_assert!(found.iter().all(|file| files.contains(file) && (whole || file.contains(&split))));
         }
     }
 }

@@ -20,24 +20,31 @@ fn a_job_on_this_machine_can_run_without_a_hub() {
     ] {
         run.out(text);
     }
-    run.out("\nmodel        model, qwen2, 4 layers, on this machine\n").out("can run here");
+    run.out("\nmodel        model (qwen2)\n").out("\ntexts        on this machine\n").out("can run here");
     assert_eq!(dir.listing(), before);
 }
 
 #[test]
 fn it_says_what_stands_in_the_way() {
     let dir = Dir::with("qwen2");
-    let fails = |args: &str, out: &str, err: &str| {
+    let fails = |args: &str, code: i32, says: &str| {
         let run = dir.run(args);
-        run.check(run.code == Some(1), "must end with 1");
-        run.out("cannot run here").out(out).err("error: ").err(err);
+        run.check(run.code == Some(code), &format!("must end with {code}"));
+        run.out("cannot run here").err("error: ").err(says);
     };
-    fails("doctor", "\nmodel        the hub cannot be reached", "gradlens fetch");
-    fails("doctor --model_name model", "\ntexts        the hub cannot be reached", "Salesforce/wikitext");
-    let missing = DOCTOR.replace("corpus", "nothing");
-    fails(&missing, "\ntexts        the dataset is not on this machine", "model/nothing.jsonl");
+    fails("doctor", 1, "gradlens fetch");
+    fails("doctor --model_name model", 1, "Salesforce/wikitext");
+    fails(&DOCTOR.replace("corpus", "nothing"), 1, "model/nothing.jsonl");
+    fails(&format!("{DOCTOR} --text_column body"), 1, "column");
+    fails(&format!("{DOCTOR} --layers 99 --save_outputs"), 2, "out of range");
+    // Not only that files are there: what is in them.
+    std::fs::rename(dir.path("model/tokenizer.json"), dir.path("model/t.json")).unwrap();
+    fails(DOCTOR, 1, "tokenizer.json");
+    std::fs::rename(dir.path("model/t.json"), dir.path("model/tokenizer.json")).unwrap();
+    std::fs::write(dir.path("model/model.safetensors"), "x").unwrap();
+    fails(DOCTOR, 1, "damaged");
     std::fs::write(dir.path("model/config.json"), "{}").unwrap();
-    fails(DOCTOR, "\nmodel        config.json", "model_type");
+    fails(DOCTOR, 1, "model_type");
 }
 
 /// A token is found, and not shown.
