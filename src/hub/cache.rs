@@ -338,6 +338,15 @@ mod tests {
         assert_eq!(folder.commit_of(COMMIT).unwrap(), COMMIT);
         folder.point("refs/pr/1", COMMIT).unwrap();
         assert_eq!(folder.commit_of("refs/pr/1").unwrap(), COMMIT);
+        // Readable for those who share the cache, as far as the umask says.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+            let plain = cache.path().join("plain");
+            fs::write(&plain, "").unwrap();
+            assert_eq!(mode(&folder.root.join("refs/refs/pr/1")), mode(&plain));
+        }
         folder.point(COMMIT, COMMIT).unwrap();
         assert!(!folder.root.join("refs").join(COMMIT).exists());
         fs::write(folder.root.join("refs/broken"), "../../etc").unwrap();

@@ -1,6 +1,9 @@
 //! Configurations, splits and kinds of file.
 
+use std::collections::BTreeMap;
+
 use crate::content::{TRAIN, WIKITEXT, other_texts, packed_lines, texts};
+use crate::repo::{Content, Kind, Repository};
 use crate::world::{World, local_arrays};
 
 #[test]
@@ -46,7 +49,7 @@ fn a_dataset_without_files_that_can_be_read() {
     let world = World::new();
     let mut files = world.dataset().files("main").clone();
     files.retain(|path, _| !path.ends_with(".parquet"));
-    world.hub.add(crate::repo::Repository::new(crate::repo::Kind::Dataset, WIKITEXT, files));
+    world.hub.add(Repository::new(Kind::Dataset, WIKITEXT, files));
     world.fails("layer", &[WIKITEXT]);
 }
 
@@ -54,4 +57,37 @@ fn a_dataset_without_files_that_can_be_read() {
 fn a_column_that_is_not_there() {
     let world = World::new();
     world.fails("layer --text_column body", &["body", "text", "--text_column"]);
+}
+
+/// Of a large repository the facts name a thousand files; the rest is in its listing, page by page.
+#[test]
+fn a_dataset_of_very_many_files() {
+    let world = World::new();
+    let all = texts("qwen2");
+    let mut files: BTreeMap<String, Content> = BTreeMap::new();
+    for number in 0..2300 {
+        let path = format!("a/{number:04}.md");
+        files.insert(path.clone(), Content::new(&path, path.as_bytes()));
+    }
+    for (part, texts) in all.chunks(all.len().div_ceil(2)).enumerate() {
+        let path = format!("data/train-{part:05}-of-00002.jsonl");
+        files.insert(path.clone(), Content::new(&path, crate::content::json_lines(texts)));
+    }
+    world.hub.add(Repository::new(Kind::Dataset, "org/many", files));
+    world.ok("layer --dataset org/many --save_outputs");
+    assert_eq!(world.arrays(""), local_arrays("qwen2", &all, ""));
+}
+
+/// Weights are large: what is wrong with the texts is found before they are fetched.
+#[test]
+fn a_slip_in_the_texts_costs_no_download() {
+    let world = World::new();
+    world.dir.write("rows.jsonl", "{\"body\": \"no text\"}\n");
+    for flags in
+        ["--text_column body", "--dataset nothing.jsonl", "--dataset rows.jsonl", "--dataset org/none"]
+    {
+        world.fails(&format!("layer {flags}"), &["error: "]);
+    }
+    let fetched = world.hub.content_requests();
+    assert!(!fetched.iter().any(|request| request.name == "model.safetensors"), "{fetched:#?}");
 }

@@ -171,6 +171,29 @@ fn a_file_of_the_wrong_size() {
     }
 }
 
+/// An answer that ends in order and brings nothing new is a failed attempt, however often it comes.
+#[test]
+fn an_answer_that_brings_nothing_new() {
+    let world = World::with_token();
+    world.hub.fault(Place::Content, WEIGHTS, Fault::NoLength(1000), FOREVER);
+    world.fails("layer --save_outputs", &[WEIGHTS, "expected", "hint: "]);
+    let asked = world.hub.content_requests();
+    assert!(asked.iter().filter(|request| request.name == WEIGHTS).count() < 20, "{asked:#?}");
+    nothing_is_seen_and_it_heals(&world);
+}
+
+/// What came before may be damaged, as by a power cut: then the file is fetched once more, from its start.
+#[test]
+fn a_damaged_part_of_a_download() {
+    let world = World::with_token();
+    let (model, weights) = (world.model(), world.model().files("main")[WEIGHTS].clone());
+    let part = world.home(&format!("hub/{}/blobs/{}.incomplete", model.folder(), weights.etag()));
+    std::fs::create_dir_all(part.parent().unwrap()).unwrap();
+    std::fs::write(&part, vec![0; weights.bytes.len() / 2]).unwrap();
+    world.ok("layer --save_outputs");
+    is_right(&world);
+}
+
 /// The hub announces more than there is.
 #[test]
 fn a_size_that_is_not_true() {

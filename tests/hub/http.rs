@@ -80,11 +80,13 @@ pub struct Reply {
     pub cut: Option<usize>,
     /// Then the connection is not closed but silent.
     pub stall: bool,
+    /// Whether the length of the body is announced.
+    pub length: bool,
 }
 
 impl Reply {
     pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
-        Self { status, headers: Vec::new(), body: body.into(), cut: None, stall: false }
+        Self { status, headers: Vec::new(), body: body.into(), cut: None, stall: false, length: true }
     }
 
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
@@ -103,7 +105,10 @@ impl Reply {
         for (name, value) in &self.headers {
             head += &format!("{name}: {value}\r\n");
         }
-        head += &format!("Content-Length: {}\r\nConnection: close\r\n\r\n", self.body.len());
+        if self.length {
+            head += &format!("Content-Length: {}\r\n", self.body.len());
+        }
+        head += "Connection: close\r\n\r\n";
         stream.write_all(head.as_bytes())?;
         if method != "HEAD" {
             stream.write_all(&self.body[..self.sent()])?;

@@ -38,6 +38,8 @@ pub enum Fault {
     Corrupt,
     /// `Range` is not understood: the whole file, with status 200.
     NoRange,
+    /// The same, but only so many bytes of it, whose number is not announced: the connection ends in order.
+    NoLength(usize),
 }
 
 /// A request as the log keeps it.
@@ -216,6 +218,7 @@ pub fn spoil(reply: Reply, fault: Option<Fault>) -> Reply {
     match fault {
         Some(Fault::Cut(bytes)) => reply.cut = Some(bytes),
         Some(Fault::Stall(bytes)) => (reply.cut, reply.stall) = (Some(bytes), true),
+        Some(Fault::NoLength(_)) => reply.length = false,
         Some(Fault::Status(_) | Fault::Short(_) | Fault::Corrupt | Fault::NoRange) | None => {}
     }
     reply
