@@ -36,6 +36,15 @@ pub fn preload(args: &FetchArgs, fetcher: &Fetcher) -> Result<()> {
         min_chars: layer.texts.min_chars,
         num_samples: layer.texts.num_samples,
     };
+    if layer.dry_run {
+        let [texts, weights] = [corpus.missing(), model.missing_weights()].map(to_come);
+        log.out(&format!("dataset  {}, {texts} as far as needed", corpus.name().display()));
+        log.out(&format!("model    {}, {weights}", layer.model.model_name));
+        if let Some(saes) = saes {
+            log.out(&format!("SAEs     {}, {}", saes.repo.id(), to_come(saes.repo.missing(&saes.files))));
+        }
+        return Ok(());
+    }
     // Read, because only that shows how many files hold enough texts.
     let counts = count(corpus.open(&texts, fetcher)?, fetcher.interrupt(), |_| ()).map_err(kept)?;
     if counts.kept == 0 {
@@ -71,6 +80,15 @@ fn kept(error: Error) -> Error {
             error.found("the texts were still being downloaded; the next run goes on from there")
         }
         Kind::Failed | Kind::Usage => error,
+    }
+}
+
+/// What a download would bring.
+fn to_come((files, bytes): (usize, u64)) -> String {
+    match files {
+        0 => "nothing to download".into(),
+        1 => format!("1 file of {} to download", size(bytes)),
+        _ => format!("{} files of {} to download", thousands(files as u64), size(bytes)),
     }
 }
 

@@ -59,6 +59,8 @@ fn offline_with_a_part_of_the_files() {
 #[test]
 fn fetch_fills_the_cache() {
     let mut world = World::new();
+    world.ok("fetch --dry_run").out("model    Qwen/Qwen2.5-0.5B, 1 file of ").out(" to download");
+    assert!(!world.has_blob(&world.model(), "model.safetensors") && !world.has_blob(&world.dataset(), TRAIN));
     world.ok(&format!("fetch --model_name {MODEL} --dataset {WIKITEXT}"));
     assert!(world.has_blob(&world.model(), "model.safetensors") && world.has_blob(&world.dataset(), TRAIN));
     assert!(!world.has_blob(&world.model(), "pytorch_model.bin"));
