@@ -165,6 +165,15 @@ impl Corpus {
         texts.and_then(|mut texts| texts.next()).transpose().map(drop)
     }
 
+    /// Brings the first text from the hub: its file is small beside a model's weights, and needed anyway.
+    pub fn fetch_first(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<()> {
+        match self {
+            // Looked at by `check`; what a pipe gave would be gone.
+            Self::Local(_) | Self::Embedded(_) => Ok(()),
+            Self::Hub { .. } => self.open(spec, fetcher)?.next().transpose().map(drop),
+        }
+    }
+
     /// How many files still have to come if all are wanted, and their bytes.
     pub fn missing(&self) -> (usize, u64) {
         match self {

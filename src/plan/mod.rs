@@ -208,8 +208,7 @@ impl Plan {
         let to_come = files.missing_weights() != (0, 0);
         let mut download_s = None;
         if to_come && !args.dry_run {
-            // The first text's file is small beside the weights, and needed anyway.
-            corpus.open(&texts, fetcher)?.next().transpose()?;
+            corpus.fetch_first(&texts, fetcher)?;
             let started = Instant::now();
             files.fetch_weights(fetcher)?;
             download_s = Some(started.elapsed().as_secs_f64());

@@ -91,3 +91,18 @@ fn a_slip_in_the_texts_costs_no_download() {
     let fetched = world.hub.content_requests();
     assert!(!fetched.iter().any(|request| request.name == "model.safetensors"), "{fetched:#?}");
 }
+
+/// What a pipe gives comes once: nothing may be taken from it to be looked at while the weights are fetched.
+#[cfg(unix)]
+#[test]
+fn texts_from_a_pipe_with_a_model_of_the_hub() {
+    let world = World::new();
+    let pipe = world.dir.path("pipe.jsonl");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let lines = crate::content::json_lines(&texts("qwen2"));
+    let writer = std::thread::spawn(move || std::fs::write(pipe, lines).unwrap());
+    let run = world.dir.run("layer --dataset pipe.jsonl --save_outputs");
+    run.check(run.code == Some(0), "must succeed");
+    writer.join().unwrap();
+    assert_eq!(world.arrays(""), local_arrays("qwen2", &texts("qwen2"), ""));
+}
