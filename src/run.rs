@@ -10,11 +10,11 @@ use crate::backend::cpu::Cpu;
 use crate::engine::{Engine, Model, Totals};
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
-use crate::output::report::thousands;
 use crate::output::{self, Log, Target, Timing, Unit};
 use crate::plan::Plan;
 use crate::source::{self, Passes, SourceCounts, TextCounts, nothing_kept};
 use crate::stats::MomentSink;
+use crate::units::thousands;
 
 /// Runs a plan from its texts to its files, saying on `log` what happens.
 ///

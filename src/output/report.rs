@@ -1,7 +1,5 @@
 //! The table on stdout at the end of a run: one line per layer.
 
-pub use crate::units::{size, thousands};
-
 /// Columns of a terminal that the table never exceeds.
 const WIDTH: usize = 100;
 /// Rows of the table that fit one screen with what is said around it.

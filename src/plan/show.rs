@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::Plan;
 use crate::model::{Config, RopeScaling};
-use crate::output::report::{size, thousands};
 use crate::stats::Direction;
+use crate::units::{size, thousands};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,10 +2,11 @@
 
 use crate::engine::Totals;
 use crate::output::Log;
-use crate::output::report::{self, LayerSummary, thousands};
+use crate::output::report::{self, LayerSummary};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
 use crate::stats::{Direction, MomentSink};
+use crate::units::thousands;
 
 /// Position 0 dominates a layer where it holds this share of Σ|v|,
 const SINK_SHARE: f64 = 0.2;

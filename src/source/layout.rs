@@ -179,8 +179,9 @@ impl Named<'_> {
             folder => vec![folder.to_owned(), format!("{folder}/{DATA}")],
         };
         let folders: Vec<&str> = own.iter().map(String::as_str).collect();
-        let holds = |folder: &&&str| self.files.iter().any(|file| below(file, folder).is_some());
-        let place = folders.iter().find(holds).copied().unwrap_or_default();
+        let by_name =
+            config.folder.is_empty() && self.files.iter().any(|file| below(file, &config.name).is_some());
+        let place = if by_name { &config.name } else { &config.folder };
         self.in_folders(&folders, split).map_or_else(|| self.otherwise(place, &folders, split), Ok)
     }
 

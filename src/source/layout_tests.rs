@@ -279,6 +279,16 @@ fn a_declared_configuration_without_names_of_splits() {
     let single = "---\nconfigs:\n- config_name: default\n---\n";
     let files = ["README.md", "corpus.jsonl", "more/corpus.jsonl"];
     assert_eq!(chosen(&files, Some(single), None, "train").1, ["corpus.jsonl", "more/corpus.jsonl"]);
+    // The whole repository is looked at, not a folder of it.
+    refuses(
+        &["data/1.txt", "test.txt"],
+        Some(single),
+        None,
+        "train",
+        &["no split \"train\"", "one of 1, test"],
+    );
+    let upload = ["data/en-00000-of-00001.parquet"];
+    refuses(&upload, Some(single), None, "train", &["no split \"train\"", "one of en"]);
 }
 
 #[test]
