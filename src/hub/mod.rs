@@ -7,7 +7,7 @@
 //! Why this and not the `hf-hub` crate, of which the variables, the layout and the requests are known to work: 0.5
 //! checks neither size nor hash, locks where Python does not look and appends to a file what a store that ignores
 //! ranges sends; 1.0 starts again where a download broke off, takes the page of an error for the file, and brings
-//! 297 crates. Neither works offline by itself. The HTTP client is `ureq`, as in 0.5.
+//! 297 crates; 0.5 never works offline, 1.0 only where each call says so. The HTTP client is `ureq`, as in 0.5.
 
 mod address;
 mod cache;

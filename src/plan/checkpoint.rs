@@ -67,7 +67,7 @@ impl ModelFiles {
             // What is not in the cache may well exist: that is another error than a model without it.
             fetcher.get(&repo, &[CONFIG, Tokens::FILE])?;
             if weights::entry(|file| repo.has(file)).is_none() {
-                fetcher.get(&repo, &["model.safetensors"])?;
+                fetcher.get(&repo, &[weights::SINGLE])?;
             }
         }
         let Some(entry) = weights::entry(|file| repo.has(file)) else {
@@ -77,8 +77,8 @@ impl ModelFiles {
             return Err(Tokens::missing(place, |file| repo.has(file)));
         }
         let mut small = vec![CONFIG, Tokens::FILE];
-        let shards_listed_in = [entry].into_iter().filter(|entry| !entry.ends_with(".safetensors"));
-        small.extend(shards_listed_in);
+        // An index says which files the weights are in.
+        small.extend(Some(entry).filter(|&entry| entry != weights::SINGLE));
         small.extend(Tokens::OPTIONAL_FILES.into_iter().filter(|file| repo.has(file)));
         fetcher.get(&repo, &small)?;
         repo.note_absent(&Tokens::OPTIONAL_FILES);

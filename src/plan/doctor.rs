@@ -117,7 +117,6 @@ impl Findings<'_> {
     fn job(&self, args: &LayerArgs, timestamp: PrimitiveDateTime) -> Result<()> {
         let args = LayerArgs { dry_run: true, ..args.clone() };
         let plan = Plan::layer(&args, timestamp, self.fetcher)?;
-        // As a run would: results of one that saves nothing have nowhere to go to.
         self.say("model", plan.model());
         self.say("weights", plan.weights());
         self.say("texts", plan.texts_to_download().unwrap_or_else(|| "on this machine".into()));

@@ -12,7 +12,7 @@ use super::safetensors::cut;
 use crate::error::{Context, Error, Result};
 
 /// The only file of a small checkpoint. It goes before an index, as in transformers.
-const SINGLE: &str = "model.safetensors";
+pub const SINGLE: &str = "model.safetensors";
 /// The table of a sharded checkpoint.
 const INDEX: &str = "model.safetensors.index.json";
 /// Largest index that is read, in bytes; that of a model with 10^5 tensors has a tenth of it.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::arch;
 use crate::model::{Dtype, Tensor, WeightSpec};
 use folder::Layout;
-pub use folder::{entry, no_weights, shards};
+pub use folder::{SINGLE, entry, no_weights, shards};
 use safetensors::{Bytes, Entry, Shard, cut};
 
 mod folder;
