@@ -82,7 +82,7 @@ impl Value {
     }
 
     fn address<T: Element>(buf: &Buf<T>, index: usize) -> Self {
-        let address = buf.allocation().address() + (index * size_of::<T>()) as u64;
+        let address = buf.address() + (index * size_of::<T>()) as u64;
         Self::Address { address, element: T::C_NAME, stream: Some(buf.allocation().stream().cu_stream()) }
     }
 

@@ -6,6 +6,7 @@
 //! freed behind them, because allocation, kernels and freeing all go through the compute stream.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -294,9 +295,12 @@ impl Drop for Staging {
     }
 }
 
-/// A row-major array on the device, `[rows, width]`.
+/// A row-major array on the device, `[rows, width]`, or neighbouring rows of one: views share its memory, which is
+/// freed after the last of them.
 pub struct Buf<T> {
-    allocation: Allocation,
+    allocation: Arc<Allocation>,
+    /// Elements of the allocation before the first row.
+    start: usize,
     rows: usize,
     width: usize,
     element: PhantomData<T>,
@@ -314,7 +318,7 @@ impl<T: Element> Buf<T> {
             let asked = format!("{rows} x {width} elements of {} bytes", size_of::<T>());
             memory.exhausted("the device memory budget", memory.budget(), memory.used_bytes(), &asked)
         })?;
-        Ok(Self { allocation: memory.alloc(bytes)?, rows, width, element: PhantomData })
+        Ok(Self { allocation: Arc::new(memory.alloc(bytes)?), start: 0, rows, width, element: PhantomData })
     }
 
     /// Number of rows.
@@ -327,9 +331,42 @@ impl<T: Element> Buf<T> {
         self.width
     }
 
-    /// The memory.
+    /// The memory. A view's rows are a part of it.
     pub fn allocation(&self) -> &Allocation {
         &self.allocation
+    }
+
+    /// Where the first row starts on the device.
+    pub fn address(&self) -> u64 {
+        self.allocation.address() + (self.start * size_of::<T>()) as u64
+    }
+
+    /// These rows, in the same memory.
+    ///
+    /// # Panics
+    ///
+    /// There are no such rows.
+    pub fn view(&self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let start = self.start + rows.start * self.width;
+        Self { allocation: Arc::clone(&self.allocation), start, rows: rows.len(), ..*self }
+    }
+
+    /// A copy on the device, in the order of `memory`'s stream.
+    ///
+    /// # Errors
+    ///
+    /// As [`Buf::new`], or the driver fails.
+    pub fn duplicate(&self, memory: &Memory) -> Result<Self> {
+        let copy = Self::new(memory, self.rows, self.width)?;
+        let bytes = self.rows * self.width * size_of::<T>();
+        if bytes > 0 {
+            let stream = memory.stream.cu_stream();
+            // SAFETY: both are live and of this size, and the copy goes through the stream that orders their freeing.
+            let copied = unsafe { sys::cuMemcpyDtoDAsync_v2(copy.address(), self.address(), bytes, stream) };
+            copied.result().map_err(|error| driver_failed("could not copy on the device", error))?;
+        }
+        Ok(copy)
     }
 
     /// A copy of host values on the device, in the order of `memory`'s stream. `values`: `[rows, width]`.
@@ -343,10 +380,15 @@ impl<T: Element> Buf<T> {
     /// `values` are not whole rows.
     pub fn from_host(memory: &Memory, values: &[T], width: usize) -> Result<Self> {
         assert!(values.len().is_multiple_of(width), "{} values in rows of {width}", values.len());
-        let mut buf = Self::new(memory, values.len() / width.max(1), width)?;
-        if !values.is_empty() {
-            let bytes: &[u8] = bytemuck::cast_slice(values);
-            let copied = memory.stream.memcpy_htod(bytes, &mut buf.allocation.slice);
+        let buf = Self::new(memory, values.len() / width.max(1), width)?;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if !bytes.is_empty() {
+            let stream = memory.stream.cu_stream();
+            let bound = memory.stream.context().bind_to_thread();
+            // SAFETY: the target is as large; the driver has read pageable memory when the call returns.
+            let copied = bound.and_then(|()| unsafe {
+                sys::cuMemcpyHtoDAsync_v2(buf.address(), bytes.as_ptr().cast(), bytes.len(), stream).result()
+            });
             copied.map_err(|error| driver_failed("could not copy to the device", error))?;
         }
         Ok(buf)
@@ -363,8 +405,10 @@ impl<T: Element> Buf<T> {
         if bytes.is_empty() {
             return Ok(values);
         }
-        let stream = self.allocation.slice.stream();
-        let copied = stream.memcpy_dtoh(&self.allocation.slice.slice(..bytes.len()), bytes);
+        let slice = &self.allocation.slice;
+        let stream = slice.stream();
+        let start = self.start * size_of::<T>();
+        let copied = stream.memcpy_dtoh(&slice.slice(start..start + bytes.len()), bytes);
         copied
             .and_then(|()| stream.synchronize())
             .map_err(|error| driver_failed("could not copy from the device", error))?;

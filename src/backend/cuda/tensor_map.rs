@@ -41,8 +41,7 @@ impl TensorMap {
             Swizzle::B64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             Swizzle::B128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
-        let allocation = matrix.allocation();
-        let mut map = Self { words: [0; 16], stream: allocation.stream().cu_stream() };
+        let mut map = Self { words: [0; 16], stream: matrix.allocation().stream().cu_stream() };
         // SAFETY: the map has the size of a CUtensorMap and starts at its alignment; the arrays have `rank` and `rank` − 1
         // entries and are read during the call alone. The address is kept, not followed.
         let encoded = unsafe {
@@ -50,7 +49,7 @@ impl TensorMap {
                 (&raw mut map.words).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 2,
-                allocation.address() as *mut c_void,
+                matrix.address() as *mut c_void,
                 sizes.as_ptr(),
                 row_bytes.as_ptr(),
                 box_sizes.as_ptr(),
