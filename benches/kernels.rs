@@ -99,10 +99,10 @@ fn linear(c: &mut Criterion) {
             let dy = random.activation(&cpu, rows, outputs);
             group.throughput(Throughput::Elements((2 * rows * inputs * outputs) as u64));
             group.bench_function(BenchmarkId::new(format!("{name}/forward"), rows), |b| {
-                b.iter(|| cpu.linear(black_box(&x), &weight, bias.as_ref()))
+                b.iter(|| cpu.linear(black_box(&x), &weight, bias.as_ref()).unwrap())
             });
             group.bench_function(BenchmarkId::new(format!("{name}/backward"), rows), |b| {
-                b.iter(|| cpu.linear_backward(&weight, black_box(&dy), None))
+                b.iter(|| cpu.linear_backward(&weight, black_box(&dy), None).unwrap())
             });
         }
     }
@@ -123,12 +123,13 @@ fn attend(c: &mut Criterion) {
         let shape = format!("{samples}x{length}");
         group.throughput(Throughput::Elements(2 * product));
         group.bench_function(BenchmarkId::new("forward", &shape), |b| {
-            b.iter(|| cpu.attend(black_box([&q, &k, &v]), &ATTENTION, &chunk))
+            b.iter(|| cpu.attend(black_box([&q, &k, &v]), &ATTENTION, &chunk).unwrap())
         });
         group.throughput(Throughput::Elements(4 * product));
         group.bench_function(BenchmarkId::new("backward", &shape), |b| {
             b.iter(|| {
                 cpu.attend_backward(black_box([&q, &k, &v]), &ATTENTION, &chunk, &dout, [None, None, None])
+                    .unwrap()
             })
         });
     }
@@ -146,7 +147,7 @@ fn loss(c: &mut Criterion) {
     for (name, want_gradient, products) in [("forward", false, 1), ("forward_and_gradient", true, 2)] {
         group.throughput(Throughput::Elements(products * product));
         group.bench_function(BenchmarkId::new(name, 128), |b| {
-            b.iter(|| cpu.loss(black_box(&x), &weight, &chunk, want_gradient))
+            b.iter(|| cpu.loss(black_box(&x), &weight, &chunk, want_gradient).unwrap())
         });
     }
 }
@@ -163,34 +164,38 @@ fn elementwise(c: &mut Criterion) {
 
     let weight = random.weight(&[HIDDEN]);
     group.throughput(Throughput::Bytes(2 * narrow));
-    group.bench_function("norm/forward", |b| b.iter(|| cpu.norm(black_box(&x), &weight, 1e-6)));
+    group.bench_function("norm/forward", |b| b.iter(|| cpu.norm(black_box(&x), &weight, 1e-6).unwrap()));
     group.throughput(Throughput::Bytes(3 * narrow));
     group.bench_function("norm/backward", |b| {
-        b.iter(|| cpu.norm_backward(black_box(&x), &weight, 1e-6, &dy, None))
+        b.iter(|| cpu.norm_backward(black_box(&x), &weight, 1e-6, &dy, None).unwrap())
     });
 
     let inv_freq: Vec<f32> = (0..32).map(|j| 1e6f32.powf(-(j as f32) / 32.0)).collect();
-    let table = cpu.rope_table(&inv_freq, chunk.longest());
+    let table = cpu.rope_table(&inv_freq, chunk.longest()).unwrap();
     group.throughput(Throughput::Bytes(2 * narrow));
     group.bench_function("rope/forward", |b| {
-        b.iter(|| cpu.rope(black_box(&x), ATTENTION.heads, &table, &chunk))
+        b.iter(|| cpu.rope(black_box(&x), ATTENTION.heads, &table, &chunk).unwrap())
     });
     group.bench_function("rope/backward", |b| {
-        b.iter(|| cpu.rope_backward(black_box(&dy), ATTENTION.heads, &table, &chunk, None))
+        b.iter(|| cpu.rope_backward(black_box(&dy), ATTENTION.heads, &table, &chunk, None).unwrap())
     });
 
     let [gate, up, dout] = [(); 3].map(|()| random.activation(&cpu, rows, INNER));
     group.throughput(Throughput::Bytes(3 * wide));
-    group.bench_function("gate/forward", |b| b.iter(|| cpu.gate(black_box(&gate), &up, Activation::Silu)));
+    group.bench_function("gate/forward", |b| {
+        b.iter(|| cpu.gate(black_box(&gate), &up, Activation::Silu).unwrap())
+    });
     group.throughput(Throughput::Bytes(5 * wide));
     group.bench_function("gate/backward", |b| {
-        b.iter(|| cpu.gate_backward(black_box(&gate), &up, Activation::Silu, &dout, [None, None]))
+        b.iter(|| cpu.gate_backward(black_box(&gate), &up, Activation::Silu, &dout, [None, None]).unwrap())
     });
 
     let samples: Vec<_> = chunk.samples().collect();
     let mut sums = Moments::new(HIDDEN);
     group.throughput(Throughput::Bytes(narrow));
-    group.bench_function("moments", |b| b.iter(|| cpu.moments(black_box(&x), &samples, &mut sums).unwrap()));
+    group.bench_function("moments", |b| {
+        b.iter(|| cpu.moments(black_box(&x), &samples, &mut sums).unwrap().unwrap())
+    });
 }
 
 criterion_group!(benches, linear, attend, loss, elementwise);

@@ -2,18 +2,18 @@
 
 mod closing;
 mod record;
+mod work;
 
 use std::error::Error as _;
 use std::time::Instant;
 
 use crate::backend::cpu::Cpu;
-use crate::engine::{Engine, Model, Totals};
+use crate::engine::Totals;
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::output::{self, Log, Target, Timing, Unit};
 use crate::plan::Plan;
 use crate::source::{self, Passes, SourceCounts, TextCounts, nothing_kept};
-use crate::stats::MomentSink;
 use crate::units::thousands;
 
 /// Runs a plan from its texts to its files, saying on `log` what happens.
@@ -81,7 +81,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let loading = Instant::now();
     let bar = log.bar("loading the model", Unit::Bytes, None);
     let cpu = Cpu::<f32>::new();
-    let model = Model::load(&cpu, plan.spec.clone(), &plan.tensors)?;
+    let mut work = work::start(plan, &cpu, interrupt)?;
     if let Some(download_s) = plan.download_s {
         timing.set("download", download_s);
     }
@@ -89,8 +89,6 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     drop(bar);
 
     let bar = log.bar("computing", Unit::Samples, Some(done.of));
-    let mut sink = MomentSink::new(&plan.engine.layers, plan.spec.hidden_size);
-    let mut engine = Engine::new(&cpu, &model, plan.engine.clone()).interruptible(interrupt.clone());
     let mut compute_s = 0.0;
     while let Some(pass) = next {
         if passes.counts().all_read {
@@ -98,28 +96,32 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
             bar.set_total(done.of);
         }
         let computing = Instant::now();
-        engine.run(&pass, &mut sink)?;
+        work.take(pass)?;
         compute_s += computing.elapsed().as_secs_f64();
-        done.tokens = engine.totals().tokens;
+        done.tokens = work.totals().tokens;
         // Kept texts without tokens are in no pass, and done when their successors are.
-        done.samples = pass.samples.last().map_or(done.samples, |last| last + 1);
+        done.samples = work.totals().end_of_samples;
         bar.set(done.samples);
         bar.detail(format!("{} tokens/s", thousands((done.tokens as f64 / compute_s) as u64)));
         let waiting = Instant::now();
         next = passes.next().transpose()?;
         preparation_s += waiting.elapsed().as_secs_f64();
     }
+    let computing = Instant::now();
+    let layers = work.finish()?;
+    compute_s += computing.elapsed().as_secs_f64();
+    bar.set(work.totals().end_of_samples);
     drop(bar);
     plan.settle_texts()?;
     timing.set("dataset_preparation", preparation_s);
     timing.set("compute", compute_s);
 
     let counts = passes.counts();
-    let totals = engine.totals();
+    let totals = work.totals();
     check_counts(plan, &counts, totals)?;
     warn_of_few(&counts.texts, plan, log);
-    let (mut record, tables) = record::record(plan, &counts, totals, &sink, timing, log);
-    if let Some(warning) = closing::sink_warning(&sink, plan.direction) {
+    let (mut record, tables) = record::record(plan, &counts, totals, &layers, timing, log);
+    if let Some(warning) = closing::sink_warning(&layers, plan.direction) {
         log.warn(&warning);
     }
     let bar = log.bar("writing results", Unit::Bytes, None);

@@ -14,7 +14,7 @@ use std::path::Path;
 use common::{Random, random_weights, relative_l2, tensor, tiny_config, tolerance};
 use gradlens::backend::Chunk;
 use gradlens::backend::cpu::{Buf, Cpu};
-use gradlens::engine::{Engine, EngineSpec, LossReduction, Model};
+use gradlens::engine::{Engine, EngineSpec, LossReduction};
 use gradlens::error::{Kind, Result};
 use gradlens::interrupt::Interrupt;
 use gradlens::model::arch::ARCHITECTURES;
@@ -128,11 +128,10 @@ impl Movable {
     /// Runs all samples; what the sites show, and the loss in nats over all targets.
     fn run(&self, spec: EngineSpec) -> (Shown, f64) {
         let cpu = Cpu::<f64>::new();
-        let model = Model::load(&cpu, self.spec.clone(), &self.tensors).unwrap();
         let mut shown = Shown::default();
-        let mut engine = Engine::new(&cpu, &model, spec);
-        engine.run(&pass(), &mut shown).unwrap();
-        (shown, engine.totals().loss_nats.unwrap())
+        let mut engine = Engine::new(&cpu, &self.spec, &self.tensors, spec);
+        let run = engine.run(&pass(), &mut shown).unwrap();
+        (shown, run.settle(&cpu).unwrap().nats.unwrap().iter().sum())
     }
 
     /// The loss with element (row, dimension) of a layer's mlp output moved.
@@ -181,6 +180,7 @@ fn all_layers() -> EngineSpec {
         loss_reduction: LossReduction::Token,
         chunk_tokens: 1000,
         keep_from: 0,
+        resident_layers: usize::MAX,
     }
 }
 
@@ -335,14 +335,14 @@ impl Sink<Cpu<f64>> for Stops {
 fn an_interruption_stops_between_chunks() {
     let model = Movable::new(CASES[0].model_type, CASES[0].keys);
     let cpu = Cpu::<f64>::new();
-    let loaded = Model::load(&cpu, model.spec.clone(), &model.tensors).unwrap();
     // A chunk for each sample, in three layers, forward and backward; after the last one nothing is left to stop.
     let chunks = LENGTHS.len() * 3 * 2;
     for left in 1..chunks {
         let interrupt = Interrupt::new();
         let spec = EngineSpec { chunk_tokens: 1, ..all_layers() };
-        let mut engine = Engine::new(&cpu, &loaded, spec).interruptible(interrupt.clone());
-        let error = engine.run(&pass(), &mut Stops { interrupt, left }).unwrap_err();
+        let mut engine =
+            Engine::new(&cpu, &model.spec, &model.tensors, spec).interruptible(interrupt.clone());
+        let error = engine.run(&pass(), &mut Stops { interrupt, left }).err().unwrap();
         assert_eq!(error.kind(), Kind::Interrupted { exit_code: 130 }, "chunk {left}");
     }
 }

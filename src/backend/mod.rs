@@ -13,8 +13,8 @@ pub mod cuda;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::model::op::Attention;
-use crate::model::{Activation, Tensor};
+use crate::model::op::{Attention, Block, Fused, Site, Weight};
+use crate::model::{Activation, Packing, Program, Spec, Tensor, Usage};
 
 /// Whole samples that run through a layer's ops together.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,6 +27,12 @@ pub struct Chunk {
     pub indices: Vec<u64>,
     /// Factor of each sample's summed token losses in L: 1/(T_s − 1) when L is a sample's mean. `[B]`
     pub loss_scales: Vec<f64>,
+}
+
+impl AsRef<Chunk> for Chunk {
+    fn as_ref(&self) -> &Self {
+        self
+    }
 }
 
 impl Chunk {
@@ -72,32 +78,50 @@ impl Moments {
         let zeros = || vec![0.0; width];
         Self { sum: zeros(), sum_abs: zeros(), sum_sq: zeros(), max_abs: zeros(), count: 0 }
     }
+
+    /// Adds the sums over other tokens.
+    pub fn add(&mut self, more: &Self) {
+        let add =
+            |sums: &mut [f64], more: &[f64]| sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        add(&mut self.sum, &more.sum);
+        add(&mut self.sum_abs, &more.sum_abs);
+        add(&mut self.sum_sq, &more.sum_sq);
+        self.max_abs.iter_mut().zip(&more.max_abs).for_each(|(max, more)| *max = max.max(*more));
+        self.count += more.count;
+    }
 }
 
 /// A sample whose values are not all finite: its index in the chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NonFinite(pub usize);
 
-/// A device with the ops of [`crate::model::op::Op`]. Buffers are `[rows, width]`, row-major.
-///
-/// Methods do not check shapes against each other for the user: the op list was built from a checked
-/// configuration. A mismatch is a bug and may panic.
-pub trait Backend {
-    /// An activation, `[N, width]`.
-    type Buf;
-    /// A weight, where this backend wants it.
-    type Weight;
-    /// Rotary angles for a range of positions.
-    type Rope;
+/// How many tokens a backend likes to work on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appetite {
+    /// Tokens of a chunk.
+    pub chunk_tokens: usize,
+    /// Tokens of a pass where all weights stay where they are used.
+    pub pass_tokens: usize,
+    /// Tokens of a pass that brings weights from a slower place.
+    pub streamed_pass_tokens: usize,
+}
 
-    /// Makes a weight usable.
-    fn load(&self, tensor: &Tensor) -> Result<Self::Weight>;
-    /// Rotary angles for positions `0..positions`; `inv_freq` `[Hd/2]`.
-    fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Self::Rope;
-    /// A copy of a buffer.
-    fn copy(&self, x: &Self::Buf) -> Self::Buf;
-    /// Bytes of one element of a buffer.
-    fn element_bytes(&self) -> usize;
+/// What a backend makes of a model, and what that takes: known before a device is opened.
+pub trait Lower {
+    /// Its own ops, each of which stands for several.
+    type Fused: Fused;
+
+    /// The op lists as this backend runs them; `usages` has one entry per layer.
+    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Self::Fused>;
+
+    /// The sizes that are fast, if memory allows.
+    fn appetite(&self, gradients: bool) -> Appetite;
+
+    /// Bytes per token of each slot's value, and at most those of its gradient.
+    fn slot_bytes(&self, block: &Block<Self::Fused>) -> Vec<usize>;
+
+    /// Bytes that a loaded weight takes besides the tensors where they lie; `shapes` are those of its parts.
+    fn weight_bytes(&self, shapes: &[&[usize]]) -> u64;
 
     /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64;
@@ -105,12 +129,84 @@ pub trait Backend {
     /// Bytes that [`Backend::linear`] and its backward need besides arguments and result, for N = `tokens` and
     /// an input of `width`.
     fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64;
+}
+
+/// Weights by their number in [`Program::weights`], as far as they are loaded.
+pub struct Weights<W>(pub Vec<Option<W>>);
+
+impl<W> Weights<W> {
+    /// A weight.
+    ///
+    /// # Panics
+    /// It is not loaded: a block runs without having been entered.
+    pub fn get(&self, weight: Weight) -> &W {
+        match &self.0[weight.0] {
+            Some(loaded) => loaded,
+            None => panic!("weight {} is not loaded", weight.0),
+        }
+    }
+}
+
+/// What the ops of a block share.
+pub struct Scope<'a, B: Backend + ?Sized> {
+    /// Loaded weights, those of the block among them.
+    pub weights: &'a Weights<B::Weight>,
+    /// Rotary angles for all positions of the chunk.
+    pub rope: &'a B::Rope,
+    /// The samples.
+    pub chunk: &'a B::Chunk,
+}
+
+/// Called with the site and the value or gradient there.
+pub type OnTap<'a, Buf> = &'a mut dyn FnMut(Site, &Buf) -> Result<()>;
+
+/// A device with the ops of [`crate::model::op::Op`]. Buffers are `[rows, width]`, row-major.
+///
+/// A device may still be busy when a method returns; what it computed is known after [`Backend::read_moments`],
+/// [`Backend::is_finite`] and [`Backend::nats`]. Methods fail where memory runs out or the device does.
+///
+/// Methods do not check shapes against each other for the user: the op list was built from a checked
+/// configuration. A mismatch is a bug and may panic.
+pub trait Backend: Lower {
+    /// An activation, `[N, width]`.
+    type Buf;
+    /// A weight, where this backend wants it.
+    type Weight;
+    /// Room for a weight.
+    type Room;
+    /// Rotary angles for a range of positions.
+    type Rope;
+    /// A chunk, where this backend wants it.
+    type Chunk: AsRef<Chunk>;
+    /// Per-dimension sums where this backend adds them up.
+    type Moments;
+    /// Whether values that were added up were finite, once it is known.
+    type Finite;
+    /// Nats of each sample, once they are known.
+    type Nats;
+    /// A moment in the device's work.
+    type Mark;
+
+    /// The moment at which everything asked for so far is done.
+    fn mark(&self) -> Result<Self::Mark>;
+    /// Seconds between two moments, after waiting for them.
+    fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
+
+    /// Makes room for a weight, which [`Backend::load`] fills: work that is asked for between the two need not wait
+    /// for the weight.
+    fn room(&self, tensors: &[&Tensor]) -> Result<Self::Room>;
+    /// Makes a weight of tensors usable by all work that is asked for from now on.
+    fn load(&self, room: Self::Room, tensors: &[&Tensor], packing: Packing) -> Result<Self::Weight>;
+    /// Takes a chunk to where its ops need it.
+    fn place(&self, chunk: Chunk) -> Result<Self::Chunk>;
+    /// Rotary angles for positions `0..positions`; `inv_freq` `[Hd/2]`.
+    fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Result<Self::Rope>;
 
     /// See [`crate::model::op::Op::Embed`]; → `[N, D]`.
-    fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Self::Buf;
+    fn embed(&self, table: &Self::Weight, chunk: &Self::Chunk) -> Result<Self::Buf>;
 
     /// See [`crate::model::op::Op::Norm`]; x `[N, width]` → `[N, width]`.
-    fn norm(&self, x: &Self::Buf, weight: &Self::Weight, eps: f64) -> Self::Buf;
+    fn norm(&self, x: &Self::Buf, weight: &Self::Weight, eps: f64) -> Result<Self::Buf>;
     /// dx += r·(w∘dy) − x·r³·⟨w∘dy, x⟩/width with r = 1/√(mean(x²) + eps), per row.
     fn norm_backward(
         &self,
@@ -119,40 +215,46 @@ pub trait Backend {
         eps: f64,
         dy: &Self::Buf,
         dx: Option<Self::Buf>,
-    ) -> Self::Buf;
+    ) -> Result<Self::Buf>;
 
     /// See [`crate::model::op::Op::Linear`]; x `[N, in]`, weight `[out, in]` → `[N, out]`.
-    fn linear(&self, x: &Self::Buf, weight: &Self::Weight, bias: Option<&Self::Weight>) -> Self::Buf;
+    fn linear(&self, x: &Self::Buf, weight: &Self::Weight, bias: Option<&Self::Weight>) -> Result<Self::Buf>;
     /// dx += dy·W; dy `[N, out]` → `[N, in]`.
-    fn linear_backward(&self, weight: &Self::Weight, dy: &Self::Buf, dx: Option<Self::Buf>) -> Self::Buf;
+    fn linear_backward(
+        &self,
+        weight: &Self::Weight,
+        dy: &Self::Buf,
+        dx: Option<Self::Buf>,
+    ) -> Result<Self::Buf>;
 
     /// See [`crate::model::op::Op::Rope`]; x `[N, heads·Hd]` → the same shape.
-    fn rope(&self, x: &Self::Buf, heads: usize, table: &Self::Rope, chunk: &Chunk) -> Self::Buf;
+    fn rope(&self, x: &Self::Buf, heads: usize, table: &Self::Rope, chunk: &Self::Chunk)
+    -> Result<Self::Buf>;
     /// dx += the rotation by the negated angle of dy.
     fn rope_backward(
         &self,
         dy: &Self::Buf,
         heads: usize,
         table: &Self::Rope,
-        chunk: &Chunk,
+        chunk: &Self::Chunk,
         dx: Option<Self::Buf>,
-    ) -> Self::Buf;
+    ) -> Result<Self::Buf>;
 
     /// See [`crate::model::op::Op::Attend`].
-    fn attend(&self, qkv: [&Self::Buf; 3], attention: &Attention, chunk: &Chunk) -> Self::Buf;
+    fn attend(&self, qkv: [&Self::Buf; 3], attention: &Attention, chunk: &Self::Chunk) -> Result<Self::Buf>;
     /// With P = softmax(scale·q·kᵀ) and dP = dout·vᵀ: dS = P∘(dP − ⟨P, dP⟩);
     /// dq += scale·dS·k, dk += scale·dSᵀ·q, dv += Pᵀ·dout.
     fn attend_backward(
         &self,
         qkv: [&Self::Buf; 3],
         attention: &Attention,
-        chunk: &Chunk,
+        chunk: &Self::Chunk,
         dout: &Self::Buf,
         dqkv: [Option<Self::Buf>; 3],
-    ) -> [Self::Buf; 3];
+    ) -> Result<[Self::Buf; 3]>;
 
     /// See [`crate::model::op::Op::Gate`].
-    fn gate(&self, gate: &Self::Buf, up: &Self::Buf, activation: Activation) -> Self::Buf;
+    fn gate(&self, gate: &Self::Buf, up: &Self::Buf, activation: Activation) -> Result<Self::Buf>;
     /// dgate += dout∘up∘act'(gate), dup += dout∘act(gate).
     fn gate_backward(
         &self,
@@ -161,12 +263,12 @@ pub trait Backend {
         activation: Activation,
         dout: &Self::Buf,
         dgate_dup: [Option<Self::Buf>; 2],
-    ) -> [Self::Buf; 2];
+    ) -> Result<[Self::Buf; 2]>;
 
     /// See [`crate::model::op::Op::Add`].
-    fn add(&self, a: &Self::Buf, b: &Self::Buf) -> Self::Buf;
+    fn add(&self, a: &Self::Buf, b: &Self::Buf) -> Result<Self::Buf>;
     /// dx += dy, the backward of each operand of an addition.
-    fn add_backward(&self, dy: &Self::Buf, dx: Option<Self::Buf>) -> Self::Buf;
+    fn add_backward(&self, dy: &Self::Buf, dx: Option<Self::Buf>) -> Result<Self::Buf>;
 
     /// See [`crate::model::op::Op::Loss`]: nats of each sample, summed over its T_s − 1 targets `[B]`, and
     /// `dx = Σ_s loss_scales[s]·d nats[s]/dx`, `[N, D]`, zero in each sample's last row, when `want_gradient`.
@@ -174,11 +276,44 @@ pub trait Backend {
         &self,
         x: &Self::Buf,
         weight: &Self::Weight,
-        chunk: &Chunk,
+        chunk: &Self::Chunk,
         want_gradient: bool,
-    ) -> (Vec<f64>, Option<Self::Buf>);
+    ) -> Result<(Self::Nats, Option<Self::Buf>)>;
+    /// The nats, after waiting for them. `[B]`
+    fn nats(&self, nats: Self::Nats) -> Result<Vec<f64>>;
 
-    /// Adds the rows of each sample in `samples` (ranges of rows) to `into`. Each sample is summed by
-    /// itself in float64 before it is added, so the result is the same for any cut into chunks.
-    fn moments(&self, x: &Self::Buf, samples: &[Range<usize>], into: &mut Moments) -> Result<(), NonFinite>;
+    /// Runs a fused op on the slots of its block. Of its outputs, those that nothing reads but a backward are
+    /// written where `kept` says so.
+    fn fused(
+        &self,
+        op: &Self::Fused,
+        scope: &Scope<'_, Self>,
+        kept: &[bool],
+        slots: &mut [Option<Self::Buf>],
+        on_tap: OnTap<'_, Self::Buf>,
+    ) -> Result<()>;
+    /// Takes the gradients of a fused op's outputs and adds to those of its inputs.
+    fn fused_backward(
+        &self,
+        op: &Self::Fused,
+        scope: &Scope<'_, Self>,
+        slots: &[Option<Self::Buf>],
+        grads: &mut [Option<Self::Buf>],
+        on_tap: OnTap<'_, Self::Buf>,
+    ) -> Result<()>;
+
+    /// Sums over nothing yet.
+    fn new_moments(&self, width: usize) -> Result<Self::Moments>;
+    /// Adds the rows of each sample in `samples` (ranges of rows) to `into`. Samples are summed by themselves,
+    /// so the result is the same for any cut into chunks.
+    fn moments(
+        &self,
+        x: &Self::Buf,
+        samples: &[Range<usize>],
+        into: &mut Self::Moments,
+    ) -> Result<Self::Finite>;
+    /// Whether the values were finite, after waiting for them; if not, the first sample with one that is not.
+    fn is_finite(&self, finite: Self::Finite) -> Result<Result<(), NonFinite>>;
+    /// The sums, after waiting for them.
+    fn read_moments(&self, moments: &Self::Moments) -> Result<Moments>;
 }

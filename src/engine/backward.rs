@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Model, OnTap, State};
-use crate::backend::{Backend, Chunk};
+use super::State;
+use crate::backend::{Backend, OnTap, Scope};
 use crate::error::Result;
 use crate::model::op::{Block, Op, Slot};
 
@@ -12,70 +12,72 @@ use crate::model::op::{Block, Op, Slot};
 ///
 /// A slot is written once, so its gradient is complete when the walk reaches the op that wrote it.
 ///
+/// # Errors
+/// The device's, and those of `on_tap`.
+///
 /// # Panics
 /// If a saved value or a gradient is missing: the op list or the range is wrong.
 pub fn backward<B: Backend>(
     backend: &B,
-    model: &Model<B>,
-    rope: &B::Rope,
-    block: &Block,
+    scope: &Scope<'_, B>,
+    block: &Block<B::Fused>,
     ops: Range<usize>,
-    chunk: &Chunk,
     state: &mut State<B>,
-    on_tap: OnTap<'_, B>,
+    on_tap: OnTap<'_, B::Buf>,
 ) -> Result<()> {
-    let weight = |weight: crate::model::op::Weight| &model.weights[weight.0];
+    let Scope { weights, rope, chunk } = *scope;
+    let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start).rev() {
-        let State { slots, grads, .. } = state;
+        let State { slots, grads, .. } = &mut *state;
         let missing = |what: &str| -> ! { panic!("op {index} ({op:?}) misses a {what}") };
         let value = |slot: Slot| slots[slot.0].as_ref().unwrap_or_else(|| missing("saved value"));
-        let mut grad_of = |slot: Slot| grads[slot.0].take();
         match *op {
+            Op::Fused(ref fused) => backend.fused_backward(fused, scope, slots, grads, on_tap)?,
             Op::Tap { site, x } => {
                 on_tap(site, grads[x.0].as_ref().unwrap_or_else(|| missing("gradient")))?;
             }
             // The loss put its gradient in place on the way forward; token ids have none.
             Op::Loss { .. } | Op::Embed { .. } => {}
             Op::Norm { x, weight: w, eps, out } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let dx = grad_of(x);
-                grads[x.0] = Some(backend.norm_backward(value(x), weight(w), eps, &dy, dx));
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let dx = grads[x.0].take();
+                grads[x.0] = Some(backend.norm_backward(value(x), weight(w), eps, &dy, dx)?);
             }
             Op::Linear { x, weight: w, out, .. } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let dx = grad_of(x);
-                grads[x.0] = Some(backend.linear_backward(weight(w), &dy, dx));
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let dx = grads[x.0].take();
+                grads[x.0] = Some(backend.linear_backward(weight(w), &dy, dx)?);
             }
             Op::Rope { x, heads, out } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let dx = grad_of(x);
-                grads[x.0] = Some(backend.rope_backward(&dy, heads, rope, chunk, dx));
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let dx = grads[x.0].take();
+                grads[x.0] = Some(backend.rope_backward(&dy, heads, rope, chunk, dx)?);
             }
             Op::Attend { q, k, v, ref attention, out } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let before = [q, k, v].map(&mut grad_of);
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let before = [q, k, v].map(|slot| grads[slot.0].take());
                 let qkv = [q, k, v].map(value);
-                let after = backend.attend_backward(qkv, attention, chunk, &dy, before);
+                let after = backend.attend_backward(qkv, attention, chunk, &dy, before)?;
                 for (slot, grad) in [q, k, v].into_iter().zip(after) {
                     grads[slot.0] = Some(grad);
                 }
             }
             Op::Gate { gate, up, activation, out } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let before = [gate, up].map(&mut grad_of);
-                let after = backend.gate_backward(value(gate), value(up), activation, &dy, before);
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let before = [gate, up].map(|slot| grads[slot.0].take());
+                let after = backend.gate_backward(value(gate), value(up), activation, &dy, before)?;
                 for (slot, grad) in [gate, up].into_iter().zip(after) {
                     grads[slot.0] = Some(grad);
                 }
             }
             Op::Add { a, b, out } => {
-                let dy = grad_of(out).unwrap_or_else(|| missing("gradient"));
-                let db = grad_of(b);
-                grads[b.0] = Some(backend.add_backward(&dy, db));
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let db = grads[b.0].take();
+                grads[b.0] = Some(backend.add_backward(&dy, db)?);
                 // The last operand takes the buffer over where it can.
                 grads[a.0] = Some(match grads[a.0].take() {
                     None => dy,
-                    some => backend.add_backward(&dy, some),
+                    some => backend.add_backward(&dy, some)?,
                 });
             }
         }

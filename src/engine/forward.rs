@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Model, OnTap, State};
-use crate::backend::{Backend, Chunk};
+use super::State;
+use crate::backend::{Backend, OnTap, Scope};
 use crate::error::Result;
 use crate::model::op::{Block, Op, Slot};
 
@@ -12,49 +12,60 @@ use crate::model::op::{Block, Op, Slot};
 pub enum Keep {
     /// Nothing but the block's output.
     Output,
+    /// The output and the input.
+    Input,
     /// The output and every value that the backward of the ops from this index on reads.
     For(usize),
 }
 
 /// Runs `block.ops[ops]` on `state`. A slot is freed after its last use unless `keep` wants it.
 ///
+/// # Errors
+/// The device's, and those of `on_tap`.
+///
 /// # Panics
 /// If a slot that an op reads is empty: the op list or the range is wrong.
 pub fn forward<B: Backend>(
     backend: &B,
-    model: &Model<B>,
-    rope: &B::Rope,
-    block: &Block,
+    scope: &Scope<'_, B>,
+    block: &Block<B::Fused>,
     ops: Range<usize>,
-    chunk: &Chunk,
     keep: Keep,
     state: &mut State<B>,
-    on_tap: OnTap<'_, B>,
+    on_tap: OnTap<'_, B::Buf>,
 ) -> Result<()> {
     let last_uses = block.last_uses(ops.end);
     let saved = match keep {
         Keep::Output => vec![false; block.widths.len()],
+        Keep::Input => (0..block.widths.len()).map(|slot| slot == Block::INPUT.0).collect(),
         Keep::For(start) => block.saved(start),
     };
-    let weight = |weight: crate::model::op::Weight| &model.weights[weight.0];
+    let Scope { weights, rope, chunk } = *scope;
+    let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start) {
+        if let Op::Fused(fused) = op {
+            backend.fused(fused, scope, &saved, &mut state.slots, on_tap)?;
+            release(state, op, index, &last_uses, &saved);
+            continue;
+        }
         let slots = &state.slots;
         let get = |slot: Slot| match &slots[slot.0] {
             Some(buf) => buf,
             None => panic!("op {index} ({op:?}) reads an empty slot"),
         };
         let (out, value) = match *op {
-            Op::Embed { table, out } => (out, backend.embed(weight(table), &chunk.ids)),
-            Op::Norm { x, weight: w, eps, out } => (out, backend.norm(get(x), weight(w), eps)),
+            Op::Fused(_) => continue,
+            Op::Embed { table, out } => (out, backend.embed(weight(table), chunk)?),
+            Op::Norm { x, weight: w, eps, out } => (out, backend.norm(get(x), weight(w), eps)?),
             Op::Linear { x, weight: w, bias, out } => {
-                (out, backend.linear(get(x), weight(w), bias.map(weight)))
+                (out, backend.linear(get(x), weight(w), bias.map(weight))?)
             }
-            Op::Rope { x, heads, out } => (out, backend.rope(get(x), heads, rope, chunk)),
+            Op::Rope { x, heads, out } => (out, backend.rope(get(x), heads, rope, chunk)?),
             Op::Attend { q, k, v, attention, out } => {
-                (out, backend.attend([get(q), get(k), get(v)], &attention, chunk))
+                (out, backend.attend([get(q), get(k), get(v)], &attention, chunk)?)
             }
-            Op::Gate { gate, up, activation, out } => (out, backend.gate(get(gate), get(up), activation)),
-            Op::Add { a, b, out } => (out, backend.add(get(a), get(b))),
+            Op::Gate { gate, up, activation, out } => (out, backend.gate(get(gate), get(up), activation)?),
+            Op::Add { a, b, out } => (out, backend.add(get(a), get(b))?),
             Op::Tap { site, x } => {
                 on_tap(site, get(x))?;
                 release(state, op, index, &last_uses, &saved);
@@ -62,8 +73,8 @@ pub fn forward<B: Backend>(
             }
             Op::Loss { x, weight: w } => {
                 // The backward of the loss is computed with it: both need the same logits.
-                let (nats, dx) = backend.loss(get(x), weight(w), chunk, keep != Keep::Output);
-                state.nats = nats;
+                let (nats, dx) = backend.loss(get(x), weight(w), chunk, keep != Keep::Output)?;
+                state.nats = Some(nats);
                 state.grads[x.0] = dx;
                 release(state, op, index, &last_uses, &saved);
                 continue;
@@ -77,7 +88,7 @@ pub fn forward<B: Backend>(
 
 fn release<B: Backend>(
     state: &mut State<B>,
-    op: &Op,
+    op: &Op<B::Fused>,
     index: usize,
     last_uses: &[Option<usize>],
     saved: &[bool],

@@ -1,33 +1,18 @@
-//! The engine: walks over the op lists, and the pass loop that brings every layer past every token once.
+//! The engine: walks over the op lists, the tiers that weights come from, and the pass loop that brings every layer
+//! past every token once.
 
 mod backward;
 mod forward;
 mod pass;
+mod tiers;
+mod totals;
 
 pub use backward::backward;
 pub use forward::{Keep, forward};
-pub use pass::{Engine, EngineSpec, LossReduction, Totals};
+pub use pass::{Engine, EngineSpec, LossReduction};
+pub use totals::{PassRun, PassTotals, Totals};
 
 use crate::backend::Backend;
-use crate::error::Result;
-use crate::model::op::Site;
-use crate::model::{Spec, Tensor};
-
-/// A model on a backend: what to compute and the weights to compute with.
-pub struct Model<B: Backend> {
-    /// The op lists.
-    pub spec: Spec,
-    /// By [`crate::model::op::Weight`] number.
-    pub weights: Vec<B::Weight>,
-}
-
-impl<B: Backend> Model<B> {
-    /// Hands the tensors (in the order of `spec.weights`) to the backend.
-    pub fn load(backend: &B, spec: Spec, tensors: &[Tensor]) -> Result<Self> {
-        let weights = tensors.iter().map(|tensor| backend.load(tensor)).collect::<Result<_>>()?;
-        Ok(Self { spec, weights })
-    }
-}
 
 /// The slots of one block for one chunk: values on the way forward, gradients on the way back.
 pub struct State<B: Backend> {
@@ -36,7 +21,7 @@ pub struct State<B: Backend> {
     /// dL/d slot, as far as the reversed walk has summed it.
     pub grads: Vec<Option<B::Buf>>,
     /// Nats of each sample, summed over its targets; filled by the loss op. `[B]`
-    pub nats: Vec<f64>,
+    pub nats: Option<B::Nats>,
 }
 
 impl<B: Backend> State<B> {
@@ -44,9 +29,6 @@ impl<B: Backend> State<B> {
     pub fn new(num_slots: usize, input: Option<B::Buf>) -> Self {
         let mut slots: Vec<_> = (0..num_slots).map(|_| None).collect();
         slots[0] = input;
-        Self { slots, grads: (0..num_slots).map(|_| None).collect(), nats: vec![] }
+        Self { slots, grads: (0..num_slots).map(|_| None).collect(), nats: None }
     }
 }
-
-/// Called with the site and the value or gradient there.
-pub type OnTap<'a, B> = &'a mut dyn FnMut(Site, &<B as Backend>::Buf) -> Result<()>;

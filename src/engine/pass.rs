@@ -1,13 +1,13 @@
 //! The pass loop: a pass goes through layer after layer, and inside a layer its chunks go one by one.
 
-use std::time::Instant;
-
 use super::forward::Keep;
-use super::{Model, State, backward, forward};
-use crate::backend::{Backend, Chunk};
+use super::tiers::{Model, Stage};
+use super::{PassRun, State, backward, forward};
+use crate::backend::{Backend, Chunk, Scope};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::model::op::{Block, Site};
+use crate::model::{Spec, Tensor, Usage};
 use crate::source::Pass;
 use crate::stats::{Direction, Sink, Tap};
 
@@ -59,35 +59,39 @@ pub struct EngineSpec {
     pub chunk_tokens: usize,
     /// Layers from this one on keep what their backward needs; those below compute it again.
     pub keep_from: usize,
+    /// Layers below this one keep their weights on the device; those from it on bring them for each visit.
+    pub resident_layers: usize,
 }
 
-/// What a run adds up besides the statistics in the sink.
-#[derive(Clone, Debug, Default)]
-pub struct Totals {
-    /// Tokens that went through the model.
-    pub tokens: u64,
-    /// Samples that did.
-    pub samples: u64,
-    /// Nats over all targets; `None` unless the loss was computed.
-    pub loss_nats: Option<f64>,
-    /// Next tokens predicted.
-    pub targets: u64,
-    /// Forward, backward and statistics of each layer, seconds. `[L]`
-    pub layer_s: Vec<f64>,
+impl EngineSpec {
+    /// What a run asks of each layer.
+    pub fn usages(&self, spec: &Spec) -> Vec<Usage> {
+        let usage = |layer: usize| {
+            let tap = spec.blocks[layer].tap(Site::Mlp);
+            let first = self.gradients && self.layers.first() == Some(&layer);
+            let last = !self.gradients && self.layers.last() == Some(&layer);
+            Usage {
+                tapped: self.layers.contains(&layer),
+                // The way back ends before the lowest tap; the way forward, of values alone, behind the highest.
+                boundary: tap.filter(|_| first || last).map(|tap| if last { tap + 1 } else { tap }),
+            }
+        };
+        (0..spec.blocks.len()).map(usage).collect()
+    }
 }
 
 /// Runs passes through a model.
 pub struct Engine<'a, B: Backend> {
     backend: &'a B,
-    model: &'a Model<B>,
+    model: Model<B>,
+    inv_freq: Vec<f32>,
     spec: EngineSpec,
-    totals: Totals,
     interrupt: Interrupt,
 }
 
 /// One chunk's way through a pass.
 struct Stream<B: Backend> {
-    chunk: Chunk,
+    chunk: B::Chunk,
     /// The residual stream, later its gradient; `[N, D]`. `None` only while a block holds it.
     residual: Option<B::Buf>,
     /// Per layer what its backward needs.
@@ -95,10 +99,12 @@ struct Stream<B: Backend> {
 }
 
 impl<'a, B: Backend> Engine<'a, B> {
-    /// An engine for `model`.
-    pub fn new(backend: &'a B, model: &'a Model<B>, spec: EngineSpec) -> Self {
-        let totals = Totals { layer_s: vec![0.0; model.spec.blocks.len()], ..Totals::default() };
-        Self { backend, model, spec, totals, interrupt: Interrupt::new() }
+    /// An engine for the model of `spec`, whose tensors are in the order of `spec.weights`. Weights are loaded when a
+    /// pass first needs them.
+    pub fn new(backend: &'a B, spec: &Spec, tensors: &[Tensor], engine: EngineSpec) -> Self {
+        let program = backend.lower(spec, &engine.usages(spec));
+        let model = Model::new(program, tensors, engine.resident_layers);
+        Self { backend, model, inv_freq: spec.inv_freq.clone(), spec: engine, interrupt: Interrupt::new() }
     }
 
     /// With `interrupt`, which is looked at before each chunk of each layer.
@@ -107,58 +113,78 @@ impl<'a, B: Backend> Engine<'a, B> {
         self
     }
 
-    /// What has been added up so far.
-    pub fn totals(&self) -> &Totals {
-        &self.totals
-    }
-
     /// One forward and, if gradients are wanted, one backward of all samples of `pass`; every wanted layer
-    /// is shown to `sink`.
+    /// is shown to `sink`. The device may still be at it on return.
     ///
     /// # Errors
-    /// Whatever the sink refuses (a NaN), and an interruption. Sums are then incomplete.
-    pub fn run(&mut self, pass: &Pass, sink: &mut dyn Sink<B>) -> Result<()> {
+    /// What the device and the sink refuse, and an interruption. Sums are then incomplete.
+    pub fn run(&mut self, pass: &Pass, sink: &mut dyn Sink<B>) -> Result<PassRun<B>> {
+        let layers = self.model.program.blocks.len();
+        let mut run = PassRun {
+            tokens: 0,
+            samples: 0,
+            end_of_samples: pass.samples.last().map_or(0, |last| last + 1),
+            targets: 0,
+            nats: None,
+            visits: Vec::new(),
+            layers,
+        };
         let (Some(&first), Some(&last)) = (self.spec.layers.first(), self.spec.layers.last()) else {
-            return Ok(());
+            return Ok(run);
         };
         let chunks = cut(pass, &self.spec);
         let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
-        let rope = self.backend.rope_table(&self.model.spec.inv_freq, longest);
-        let layers = self.model.spec.blocks.len();
-        let mut streams: Vec<Stream<B>> = chunks
-            .into_iter()
-            .map(|chunk| {
-                let mut state = State::new(1, None);
-                self.forward(&rope, &self.model.spec.embed, 1, &chunk, Keep::Output, &mut state, None)?;
-                let saved = (0..layers).map(|_| None).collect();
-                Ok(Stream { chunk, residual: state.slots[0].take(), saved })
-            })
-            .collect::<Result<_>>()?;
-        self.totals.tokens += pass.ids.len() as u64;
-        self.totals.samples += streams.iter().map(|s| s.chunk.num_samples() as u64).sum::<u64>();
-
+        let rope = self.backend.rope_table(&self.inv_freq, longest)?;
+        run.tokens = pass.ids.len() as u64;
+        run.samples = chunks.iter().map(|chunk| chunk.num_samples() as u64).sum();
         let end = if self.spec.gradients { layers } else { last + 1 };
+
+        self.model.enter(self.backend, Stage::Embed, Some(Stage::Layer(0)))?;
+        let mut streams = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            self.interrupt.check()?;
+            streams.push(self.embed(&rope, chunk)?);
+        }
+        let mut before = Stage::Embed;
         for layer in 0..end {
-            let started = Instant::now();
+            let stage = Stage::Layer(layer);
+            let next = match layer + 1 {
+                next if next < end => Some(Stage::Layer(next)),
+                _ => self.spec.gradients.then_some(Stage::Head),
+            };
+            self.turn(&mut before, stage, next)?;
+            let started = self.backend.mark()?;
             for stream in &mut streams {
                 self.layer_forward(&rope, layer, stream, sink)?;
             }
-            self.totals.layer_s[layer] += started.elapsed().as_secs_f64();
+            run.visits.push((layer, started, self.backend.mark()?));
         }
         if !self.spec.gradients {
-            return Ok(());
+            self.model.leave(self.backend, before, None)?;
+            return Ok(run);
         }
+        let above = |layer: usize| (layer > first).then(|| Stage::Layer(layer - 1));
+        self.turn(&mut before, Stage::Head, above(layers))?;
         for stream in &mut streams {
-            self.head(&rope, stream)?;
+            self.head(&rope, stream, &mut run)?;
         }
         for layer in (first..layers).rev() {
-            let started = Instant::now();
+            self.turn(&mut before, Stage::Layer(layer), above(layer))?;
+            let started = self.backend.mark()?;
             for stream in &mut streams {
                 self.layer_backward(&rope, layer, stream, sink)?;
             }
-            self.totals.layer_s[layer] += started.elapsed().as_secs_f64();
+            run.visits.push((layer, started, self.backend.mark()?));
         }
-        Ok(())
+        self.model.leave(self.backend, before, None)?;
+        Ok(run)
+    }
+
+    /// From one stage to the next: its weights, and room for those of the stage after it.
+    fn turn(&mut self, before: &mut Stage, stage: Stage, next: Option<Stage>) -> Result<()> {
+        self.model.leave(self.backend, *before, Some(stage))?;
+        *before = stage;
+        self.model.enter(self.backend, stage, next)
     }
 
     /// First op whose backward a layer runs: the lowest wanted layer stops at its tap, where
@@ -167,42 +193,49 @@ impl<'a, B: Backend> Engine<'a, B> {
         let first = *self.spec.layers.first()?;
         match layer {
             l if !self.spec.gradients || l < first => None,
-            l if l == first => self.model.spec.blocks[l].tap(Site::Mlp),
+            l if l == first => self.model.program.blocks[l].tap(Site::Mlp),
             _ => Some(0),
         }
     }
 
+    fn embed(&self, rope: &B::Rope, chunk: Chunk) -> Result<Stream<B>> {
+        let chunk = self.backend.place(chunk)?;
+        let mut state = State::new(1, None);
+        let block = &self.model.program.embed;
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &chunk };
+        forward(self.backend, &scope, block, 0..block.ops.len(), Keep::Output, &mut state, &mut |_, _| {
+            Ok(())
+        })?;
+        let saved = self.model.program.blocks.iter().map(|_| None).collect();
+        Ok(Stream { chunk, residual: state.slots[0].take(), saved })
+    }
+
     fn layer_forward(
-        &mut self,
+        &self,
         rope: &B::Rope,
         layer: usize,
         stream: &mut Stream<B>,
         sink: &mut dyn Sink<B>,
     ) -> Result<()> {
-        let block = &self.model.spec.blocks[layer];
+        self.interrupt.check()?;
+        let block = &self.model.program.blocks[layer];
         let backward = self.backward_start(layer);
-        let recompute = layer < self.spec.keep_from && backward == Some(0);
-        let input = match recompute {
-            true => stream.residual.as_ref().map(|x| self.backend.copy(x)),
-            false => stream.residual.take(),
-        };
-        let mut state = State::new(block.widths.len(), input);
         let keep = match backward {
-            Some(start) if !recompute => Keep::For(start),
-            _ => Keep::Output,
+            None => Keep::Output,
+            Some(0) if layer < self.spec.keep_from => Keep::Input,
+            Some(start) => Keep::For(start),
         };
+        let mut state = State::new(block.widths.len(), stream.residual.take());
         // Without gradients the last wanted layer ends at its tap: nothing reads its output.
         let stop = !self.spec.gradients && Some(&layer) == self.spec.layers.last();
         let end =
             if stop { block.tap(Site::Mlp).map_or(block.ops.len(), |tap| tap + 1) } else { block.ops.len() };
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Values };
-        self.forward(rope, block, end, &stream.chunk, keep, &mut state, Some((tap, sink)))?;
-        let output = state.slots[block.output.0].take();
-        if recompute {
-            state.slots[Block::INPUT.0] = std::mem::replace(&mut stream.residual, output);
-        } else {
-            stream.residual = output;
-        }
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
+        forward(self.backend, &scope, block, 0..end, keep, &mut state, &mut |_, x| {
+            sink.push(self.backend, tap, stream.chunk.as_ref(), x)
+        })?;
+        stream.residual = state.slots[block.output.0].take();
         if backward.is_some() {
             stream.saved[layer] = Some(state);
         }
@@ -210,75 +243,47 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// Loss, and the gradient of the residual stream after the last layer.
-    fn head(&mut self, rope: &B::Rope, stream: &mut Stream<B>) -> Result<()> {
-        let block = &self.model.spec.head;
-        let chunk = &stream.chunk;
+    fn head(&self, rope: &B::Rope, stream: &mut Stream<B>, run: &mut PassRun<B>) -> Result<()> {
+        self.interrupt.check()?;
+        let block = &self.model.program.head;
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
         let mut state = State::new(block.widths.len(), stream.residual.take());
-        self.forward(rope, block, block.ops.len(), chunk, Keep::For(0), &mut state, None)?;
-        // One by one: the sum must not depend on the cut into chunks.
-        let total = self.totals.loss_nats.get_or_insert(0.0);
-        state.nats.iter().for_each(|nats| *total += nats);
-        self.totals.targets += chunk.samples().map(|rows| rows.len().saturating_sub(1) as u64).sum::<u64>();
         let ops = 0..block.ops.len();
-        backward(self.backend, self.model, rope, block, ops, chunk, &mut state, &mut |_, _| Ok(()))?;
+        forward(self.backend, &scope, block, ops.clone(), Keep::For(0), &mut state, &mut |_, _| Ok(()))?;
+        run.nats.get_or_insert_with(Vec::new).extend(state.nats.take());
+        let targets = |rows: std::ops::Range<usize>| rows.len().saturating_sub(1) as u64;
+        run.targets += stream.chunk.as_ref().samples().map(targets).sum::<u64>();
+        backward(self.backend, &scope, block, ops, &mut state, &mut |_, _| Ok(()))?;
         stream.residual = state.grads[Block::INPUT.0].take();
         Ok(())
     }
 
     fn layer_backward(
-        &mut self,
+        &self,
         rope: &B::Rope,
         layer: usize,
         stream: &mut Stream<B>,
         sink: &mut dyn Sink<B>,
     ) -> Result<()> {
-        let block = &self.model.spec.blocks[layer];
+        let block = &self.model.program.blocks[layer];
         let (Some(start), Some(mut state)) = (self.backward_start(layer), stream.saved[layer].take()) else {
             return Ok(());
         };
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
         if layer < self.spec.keep_from && start == 0 {
+            self.interrupt.check()?;
             // As far as the last value that the way back reads: the down-projection is not computed again.
             let end = block.last_saved().map_or(0, |op| op + 1);
-            self.forward(rope, block, end, &stream.chunk, Keep::For(0), &mut state, None)?;
+            forward(self.backend, &scope, block, 0..end, Keep::For(0), &mut state, &mut |_, _| Ok(()))?;
         }
         self.interrupt.check()?;
         state.grads[block.output.0] = stream.residual.take();
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };
-        let (backend, model, chunk) = (self.backend, self.model, &stream.chunk);
-        backward(backend, model, rope, block, start..block.ops.len(), chunk, &mut state, &mut |_, x| {
-            sink.push(backend, tap, chunk, x)
+        backward(self.backend, &scope, block, start..block.ops.len(), &mut state, &mut |_, x| {
+            sink.push(self.backend, tap, stream.chunk.as_ref(), x)
         })?;
         stream.residual = state.grads[Block::INPUT.0].take();
         Ok(())
-    }
-
-    /// The forward walk over `block.ops[..end]`, showing its tap to a sink if one is given.
-    fn forward(
-        &self,
-        rope: &B::Rope,
-        block: &Block,
-        end: usize,
-        chunk: &Chunk,
-        keep: Keep,
-        state: &mut State<B>,
-        show: Option<(Tap, &mut dyn Sink<B>)>,
-    ) -> Result<()> {
-        self.interrupt.check()?;
-        let mut show = show;
-        forward(
-            self.backend,
-            self.model,
-            rope,
-            block,
-            0..end,
-            chunk,
-            keep,
-            state,
-            &mut |_, x| match &mut show {
-                Some((tap, sink)) => sink.push(self.backend, *tap, chunk, x),
-                None => Ok(()),
-            },
-        )
     }
 }
 

@@ -4,9 +4,11 @@ pub mod arch;
 pub mod config;
 mod describe;
 pub mod op;
+mod program;
 mod rope;
 pub mod tensor;
 
 pub use config::{Activation, Config, Rope, RopeScaling};
 pub use describe::{Spec, describe};
+pub use program::{Packed, Packing, Program, Usage};
 pub use tensor::{Dtype, Tensor, WeightSpec};

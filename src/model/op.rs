@@ -4,14 +4,18 @@
 //! as `out`, so when the reversed walk reaches that op the slot's gradient is complete. Architectures
 //! differ in values (a bias, a window, a scale) or in the ops present, never in types.
 
+use std::convert::Infallible;
+use std::fmt::Debug;
+
 use super::Activation;
 
 /// An activation of a block, `[N, width]`: an index into [`Block::widths`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(pub usize);
 
-/// A weight: an index into [`super::Spec::weights`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A weight: an index into [`super::Spec::weights`], or into [`super::Program::weights`] once a backend has lowered
+/// the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Weight(pub usize);
 
 /// A named place in a block whose value or gradient can be read.
@@ -45,10 +49,44 @@ pub struct Attention {
     pub scale: f64,
 }
 
-/// One operation. Its meaning stands here, once; the backends implement it forward and backward.
+/// An op of a backend's own, which stands for several neighbouring ops of a block.
+pub trait Fused: Clone + Debug {
+    /// Slots it reads.
+    fn inputs(&self) -> Vec<Slot>;
+    /// Slots it writes, some of them only where a backward or a site wants them.
+    fn outputs(&self) -> Vec<Slot>;
+    /// Slots whose values its backward reads.
+    fn saved(&self) -> Vec<Slot>;
+    /// Weights it reads.
+    fn weights(&self) -> Vec<Weight>;
+    /// The site that it shows on its way.
+    fn tap(&self) -> Option<Site>;
+}
+
+/// No fused ops.
+impl Fused for Infallible {
+    fn inputs(&self) -> Vec<Slot> {
+        match *self {}
+    }
+    fn outputs(&self) -> Vec<Slot> {
+        match *self {}
+    }
+    fn saved(&self) -> Vec<Slot> {
+        match *self {}
+    }
+    fn weights(&self) -> Vec<Weight> {
+        match *self {}
+    }
+    fn tap(&self) -> Option<Site> {
+        match *self {}
+    }
+}
+
+/// One operation. Its meaning stands here, once; the backends implement it forward and backward. `F`: what a backend
+/// makes of several.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the fields are the operands of the formula above each variant")]
-pub enum Op {
+pub enum Op<F = Infallible> {
     /// `out[n] = table[ids[n]]`; table `[V, D]`.
     Embed { table: Weight, out: Slot },
     /// RMSNorm: `out = w ∘ x / √(mean(x²) + eps)`; w `[width]`.
@@ -67,12 +105,15 @@ pub enum Op {
     Tap { site: Site, x: Slot },
     /// Next-token cross-entropy of `x Wᵀ` in nats; W `[V, D]`.
     Loss { x: Slot, weight: Weight },
+    /// Several of the above in one.
+    Fused(F),
 }
 
-impl Op {
+impl<F: Fused> Op<F> {
     /// Slots the op reads.
     pub fn inputs(&self) -> Vec<Slot> {
         match *self {
+            Self::Fused(ref fused) => fused.inputs(),
             Self::Embed { .. } => vec![],
             Self::Norm { x, .. }
             | Self::Linear { x, .. }
@@ -85,17 +126,34 @@ impl Op {
         }
     }
 
-    /// Slot the op writes.
-    pub fn output(&self) -> Option<Slot> {
+    /// Slots the op writes.
+    pub fn outputs(&self) -> Vec<Slot> {
         match *self {
+            Self::Fused(ref fused) => fused.outputs(),
             Self::Embed { out, .. }
             | Self::Norm { out, .. }
             | Self::Linear { out, .. }
             | Self::Rope { out, .. }
             | Self::Attend { out, .. }
             | Self::Gate { out, .. }
-            | Self::Add { out, .. } => Some(out),
-            Self::Tap { .. } | Self::Loss { .. } => None,
+            | Self::Add { out, .. } => vec![out],
+            Self::Tap { .. } | Self::Loss { .. } => vec![],
+        }
+    }
+
+    /// Weights the op reads.
+    pub fn weights(&self) -> Vec<Weight> {
+        match *self {
+            Self::Fused(ref fused) => fused.weights(),
+            Self::Embed { table: weight, .. } | Self::Norm { weight, .. } | Self::Loss { weight, .. } => {
+                vec![weight]
+            }
+            Self::Linear { weight, bias, .. } => std::iter::once(weight).chain(bias).collect(),
+            Self::Rope { .. }
+            | Self::Attend { .. }
+            | Self::Gate { .. }
+            | Self::Add { .. }
+            | Self::Tap { .. } => vec![],
         }
     }
 
@@ -103,6 +161,7 @@ impl Op {
     /// gradients, so the adjoint of a linear map is all that is left of it.
     pub fn saved(&self) -> Vec<Slot> {
         match self {
+            Self::Fused(fused) => fused.saved(),
             Self::Norm { .. } | Self::Attend { .. } | Self::Gate { .. } => self.inputs(),
             Self::Embed { .. }
             | Self::Linear { .. }
@@ -116,9 +175,9 @@ impl Op {
 
 /// A list of ops over its own slots. Slot 0 is the input of a block.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Block {
+pub struct Block<F = Infallible> {
     /// In forward order.
-    pub ops: Vec<Op>,
+    pub ops: Vec<Op<F>>,
     /// Width of each slot.
     pub widths: Vec<usize>,
     /// The slot handed to the next block.
@@ -128,10 +187,16 @@ pub struct Block {
 impl Block {
     /// The slot that holds the block's input.
     pub const INPUT: Slot = Slot(0);
+}
 
+impl<F: Fused> Block<F> {
     /// Index of the op that taps `site`.
     pub fn tap(&self, site: Site) -> Option<usize> {
-        self.ops.iter().position(|op| matches!(op, Op::Tap { site: s, .. } if *s == site))
+        self.ops.iter().position(|op| match op {
+            Op::Tap { site: own, .. } => *own == site,
+            Op::Fused(fused) => fused.tap() == Some(site),
+            _ => false,
+        })
     }
 
     /// For each slot the index of the last op of `ops[..end]` that reads it (`None`: nobody does).
@@ -148,7 +213,7 @@ impl Block {
     /// Index of the last op that writes a slot whose value a backward reads.
     pub fn last_saved(&self) -> Option<usize> {
         let saved = self.saved(0);
-        self.ops.iter().rposition(|op| op.output().is_some_and(|slot| saved[slot.0]))
+        self.ops.iter().rposition(|op| op.outputs().iter().any(|slot| saved[slot.0]))
     }
 
     /// For each slot whether the backward of `ops[start..]` reads its value.
@@ -158,5 +223,42 @@ impl Block {
             saved[slot.0] = true;
         }
         saved
+    }
+
+    /// Weights the block reads, each once.
+    pub fn weights(&self) -> Vec<Weight> {
+        let mut weights: Vec<Weight> = self.ops.iter().flat_map(Op::weights).collect();
+        weights.sort_unstable();
+        weights.dedup();
+        weights
+    }
+}
+
+impl Block {
+    /// The same over the ops of a backend that has fused ones.
+    pub fn widen<F: Fused>(&self) -> Block<F> {
+        Block {
+            ops: self.ops.iter().map(Op::widen).collect(),
+            widths: self.widths.clone(),
+            output: self.output,
+        }
+    }
+}
+
+impl Op {
+    /// The same among the ops of a backend that has fused ones.
+    pub fn widen<F: Fused>(&self) -> Op<F> {
+        match *self {
+            Self::Embed { table, out } => Op::Embed { table, out },
+            Self::Norm { x, weight, eps, out } => Op::Norm { x, weight, eps, out },
+            Self::Linear { x, weight, bias, out } => Op::Linear { x, weight, bias, out },
+            Self::Rope { x, heads, out } => Op::Rope { x, heads, out },
+            Self::Attend { q, k, v, attention, out } => Op::Attend { q, k, v, attention, out },
+            Self::Gate { gate, up, activation, out } => Op::Gate { gate, up, activation, out },
+            Self::Add { a, b, out } => Op::Add { a, b, out },
+            Self::Tap { site, x } => Op::Tap { site, x },
+            Self::Loss { x, weight } => Op::Loss { x, weight },
+            Self::Fused(ref none) => match *none {},
+        }
     }
 }

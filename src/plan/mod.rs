@@ -240,22 +240,28 @@ impl Plan {
         }
 
         let direction = Direction::from(args.aggregate_by);
-        let gradients = direction == Direction::Gradients;
+        let mut engine = EngineSpec {
+            layers,
+            gradients: direction == Direction::Gradients,
+            loss_reduction: args.loss_reduction,
+            chunk_tokens: 0,
+            keep_from: 0,
+            resident_layers: 0,
+        };
         let memory = memory::plan(
             &Cpu::<f32>::new(),
             &memory::Demand {
                 spec: &spec,
-                layers: &layers,
-                gradients,
+                engine: &engine,
                 tokens_per_pass: args.tokens_per_pass,
                 max_length: args.max_length,
                 max_positions: config.max_position_embeddings,
                 num_samples,
-                weight_bytes,
-                free_bytes,
+                slow_weights: weight_bytes > free_bytes,
                 budget_bytes,
             },
         );
+        memory.set(&mut engine);
         Ok(Self {
             texts,
             max_length: args.max_length,
@@ -265,13 +271,7 @@ impl Plan {
                 // Packing holds back a whole batch to know its targets; only this reduction needs them.
                 batch_size: if args.loss_reduction == LossReduction::Batch { args.batch_size } else { 1 },
             },
-            engine: EngineSpec {
-                layers,
-                gradients,
-                loss_reduction: args.loss_reduction,
-                chunk_tokens: memory.chunk_tokens,
-                keep_from: memory.keep_from,
-            },
+            engine,
             direction,
             transform: TransformSpec {
                 mode: args.aggregation_mode,

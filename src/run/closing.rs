@@ -1,11 +1,12 @@
 //! What is said when the numbers are there: one screen, and the rest for `runtime_output.txt`.
 
+use super::work::Layers;
 use crate::engine::Totals;
 use crate::output::Log;
 use crate::output::report::{self, LayerSummary};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::{Direction, MomentSink};
+use crate::stats::Direction;
 use crate::units::thousands;
 
 /// Position 0 dominates a layer where it holds this share of Σ|v|,
@@ -44,8 +45,8 @@ pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
 }
 
 /// What to say where position 0 dominates layers: the mean over tokens is then that of another kind of token.
-pub(super) fn sink_warning(sink: &MomentSink, direction: Direction) -> Option<String> {
-    let shares = sink.layers().iter().filter_map(|(&layer, moments)| {
+pub(super) fn sink_warning(layers: &Layers, direction: Direction) -> Option<String> {
+    let shares = layers.iter().filter_map(|(&layer, moments)| {
         let (at_0, all) = (moments.at_0(direction)?, moments.get(direction)?);
         Some((layer, moments.position_0_share(direction)?, at_0.count as f64 / all.count as f64))
     });
@@ -89,7 +90,7 @@ mod tests {
     use crate::backend::cpu::Cpu;
     use crate::model::op::Site;
     use crate::source::TextCounts;
-    use crate::stats::{Sink, Tap};
+    use crate::stats::{MomentSink, Sink, Tap};
 
     /// One sample of `tokens` tokens, at whose first one layer l has the value `first[l]`; 1 everywhere else.
     fn warning(tokens: usize, first: &[f32]) -> Option<String> {
@@ -107,8 +108,9 @@ mod tests {
             let tap = Tap { layer, site: Site::Mlp, direction: Direction::Values };
             sink.push(&cpu, tap, &chunk, &cpu.from_slice(&rows, 1)).unwrap();
         }
-        assert_eq!(sink_warning(&sink, Direction::Gradients), None, "there are none");
-        sink_warning(&sink, Direction::Values)
+        let layers = sink.read(&cpu).unwrap();
+        assert_eq!(sink_warning(&layers, Direction::Gradients), None, "there are none");
+        sink_warning(&layers, Direction::Values)
     }
 
     #[test]

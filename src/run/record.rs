@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::closing::Table;
+use super::work::Layers;
 use crate::backend::Moments;
 use crate::engine::Totals;
 use crate::model::op::Site;
@@ -11,7 +12,7 @@ use crate::output::report::LayerSummary;
 use crate::output::{Log, RunRecord, Timing};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::{Direction, MomentSink};
+use crate::stats::Direction;
 use crate::transform;
 
 /// Everything the files hold, and the tables for the screen.
@@ -19,7 +20,7 @@ pub(super) fn record<'a>(
     plan: &Plan,
     counts: &SourceCounts,
     totals: &Totals,
-    sink: &'a MomentSink,
+    layers: &'a Layers,
     mut timing: Timing,
     log: &Log,
 ) -> (RunRecord<'a>, Vec<Table>) {
@@ -29,7 +30,7 @@ pub(super) fn record<'a>(
     let mut shares = Map::new();
     for direction in [Direction::Values, Direction::Gradients] {
         let mut rows = Vec::new();
-        for (&layer, moments) in sink.layers() {
+        for (&layer, moments) in layers {
             let share = moments.position_0_share(direction).unwrap_or_default();
             let at_0 = moments.at_0(direction);
             let Some(moments) = moments.get(direction) else { continue };

@@ -21,6 +21,22 @@ pub struct LayerMoments {
 }
 
 impl LayerMoments {
+    /// Adds the sums of later samples.
+    pub fn add(&mut self, more: &Self) {
+        let Self { values, gradients, values_at_0, gradients_at_0 } = more;
+        for (sums, more) in [
+            (&mut self.values, values),
+            (&mut self.gradients, gradients),
+            (&mut self.values_at_0, values_at_0),
+            (&mut self.gradients_at_0, gradients_at_0),
+        ] {
+            match (sums, more) {
+                (Some(sums), Some(more)) => sums.add(more),
+                (sums, more) => *sums = sums.take().or_else(|| more.clone()),
+            }
+        }
+    }
+
     /// The sums of one direction, if they were collected.
     pub fn get(&self, direction: Direction) -> Option<&Moments> {
         match direction {
@@ -46,41 +62,33 @@ impl LayerMoments {
     }
 }
 
-/// Collects [`Moments`] of dimension D at the wanted layers.
-#[derive(Clone, Debug)]
-pub struct MomentSink {
-    layers: BTreeMap<usize, LayerMoments>,
+/// Collects [`Moments`] of dimension D at the wanted layers, where the backend adds them up.
+pub struct MomentSink<B: Backend> {
+    layers: BTreeMap<usize, [Option<Pair<B>>; 2]>,
     width: usize,
+    /// What is to be found finite: where, the samples that were added, what the backend will say of them.
+    checks: Vec<(Tap, Vec<u64>, B::Finite)>,
 }
 
-impl MomentSink {
+/// Sums over all tokens, and over those at position 0.
+type Pair<B> = [<B as Backend>::Moments; 2];
+
+impl<B: Backend> MomentSink<B> {
     /// For these layers; `width` is D.
     pub fn new(layers: &[usize], width: usize) -> Self {
-        Self { layers: layers.iter().map(|&layer| (layer, LayerMoments::default())).collect(), width }
+        let layers = layers.iter().map(|&layer| (layer, [None, None])).collect();
+        Self { layers, width, checks: Vec::new() }
     }
 
-    /// The sums so far, by layer.
-    pub fn layers(&self) -> &BTreeMap<usize, LayerMoments> {
-        &self.layers
-    }
-}
-
-impl<B: Backend> Sink<B> for MomentSink {
-    fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
-        let Some(layer) = self.layers.get_mut(&tap.layer) else { return Ok(()) };
-        let (into, at_0, shortest) = match tap.direction {
-            Direction::Values => (&mut layer.values, &mut layer.values_at_0, 1),
-            Direction::Gradients => (&mut layer.gradients, &mut layer.gradients_at_0, 2),
-        };
-        let into = into.get_or_insert_with(|| Moments::new(self.width));
-        let at_0 = at_0.get_or_insert_with(|| Moments::new(self.width));
-        let (indices, samples): (Vec<usize>, Vec<Range<usize>>) =
-            chunk.samples().enumerate().filter(|(_, rows)| rows.len() >= shortest).unzip();
-        let firsts: Vec<Range<usize>> = samples.iter().map(|rows| rows.start..rows.start + 1).collect();
-        let sums = backend.moments(x, &samples, into).and_then(|()| backend.moments(x, &firsts, at_0));
-        sums.map_err(|bad| {
-            let sample = chunk.indices[indices[bad.0]];
-            Error::new(format!(
+    /// Waits for what was shown so far.
+    ///
+    /// # Errors
+    /// A NaN or an infinity, with its layer and sample; a device that failed.
+    pub fn check(&mut self, backend: &B) -> Result<()> {
+        for (tap, indices, finite) in self.checks.drain(..) {
+            let Err(bad) = backend.is_finite(finite)? else { continue };
+            let sample = indices[bad.0];
+            return Err(Error::new(format!(
                 "not a finite number in the {} of the {} output",
                 tap.direction,
                 tap.site.name()
@@ -88,8 +96,55 @@ impl<B: Backend> Sink<B> for MomentSink {
             .at(format!("layer {}, sample {sample} (counted from 0 among the kept texts)", tap.layer))
             .expected("finite values everywhere")
             .found("NaN or infinity")
-            .hint("look for NaN in the checkpoint's weights, or an overflow of a half-precision checkpoint")
-        })
+            .hint(
+                "look for NaN in the checkpoint's weights, or an overflow of a half-precision checkpoint",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The sums so far, by layer, after waiting for them.
+    ///
+    /// # Errors
+    /// As [`MomentSink::check`].
+    pub fn read(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerMoments>> {
+        self.check(backend)?;
+        let read = |pair: &Option<Pair<B>>, index: usize| -> Result<Option<Moments>> {
+            pair.as_ref().map(|pair| backend.read_moments(&pair[index])).transpose()
+        };
+        let layer = |(&layer, [values, gradients]): (&usize, &[Option<Pair<B>>; 2])| {
+            let moments = LayerMoments {
+                values: read(values, 0)?,
+                gradients: read(gradients, 0)?,
+                values_at_0: read(values, 1)?,
+                gradients_at_0: read(gradients, 1)?,
+            };
+            Ok((layer, moments))
+        };
+        self.layers.iter().map(layer).collect()
+    }
+}
+
+impl<B: Backend> Sink<B> for MomentSink<B> {
+    fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
+        let Some(layer) = self.layers.get_mut(&tap.layer) else { return Ok(()) };
+        let (pair, shortest) = match tap.direction {
+            Direction::Values => (&mut layer[0], 1),
+            Direction::Gradients => (&mut layer[1], 2),
+        };
+        let new = || backend.new_moments(self.width);
+        let [all, at_0] = match pair {
+            Some(pair) => pair,
+            None => pair.insert([new()?, new()?]),
+        };
+        let counted = chunk.samples().zip(&chunk.indices).filter(|(rows, _)| rows.len() >= shortest);
+        let (samples, indices): (Vec<Range<usize>>, Vec<u64>) = counted.unzip();
+        let firsts: Vec<Range<usize>> = samples.iter().map(|rows| rows.start..rows.start + 1).collect();
+        let finite = backend.moments(x, &samples, all)?;
+        // What is finite in all is so in its first rows.
+        drop(backend.moments(x, &firsts, at_0)?);
+        self.checks.push((tap, indices, finite));
+        Ok(())
     }
 }
 
@@ -115,7 +170,7 @@ mod tests {
         for direction in [Direction::Values, Direction::Gradients] {
             sink.push(&cpu, Tap { layer: 3, site: Site::Mlp, direction }, &chunk, &x).unwrap();
         }
-        let layer = &sink.layers()[&3];
+        let layer = &sink.read(&cpu).unwrap()[&3];
         let values = layer.at_0(Direction::Values).unwrap();
         assert_eq!((values.sum_abs.as_slice(), values.count), ([20.0, 20.0].as_slice(), 3));
         assert_eq!(layer.get(Direction::Values).unwrap().sum_abs, [22.5, 21.5]);

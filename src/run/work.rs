@@ -1,0 +1,68 @@
+//! Where passes are computed, and what they add up to.
+
+use std::collections::BTreeMap;
+
+use crate::backend::cpu::Cpu;
+use crate::engine::{Engine, Totals};
+use crate::error::Result;
+use crate::interrupt::Interrupt;
+use crate::plan::Plan;
+use crate::source::Pass;
+use crate::stats::{LayerMoments, MomentSink};
+
+/// Sums of each wanted layer.
+pub(super) type Layers = BTreeMap<usize, LayerMoments>;
+
+/// Computes passes, which it is handed in corpus order.
+pub(super) trait Work {
+    /// Takes a pass, and perhaps returns before it is computed.
+    ///
+    /// # Errors
+    /// A NaN in the model, a device that failed, an interruption: in this pass or in one before.
+    fn take(&mut self, pass: Pass) -> Result<()>;
+
+    /// What the passes that are done add up to.
+    fn totals(&self) -> &Totals;
+
+    /// Waits for all passes; the sums of every wanted layer.
+    ///
+    /// # Errors
+    /// As [`Work::take`].
+    fn finish(&mut self) -> Result<Layers>;
+}
+
+/// Passes one after the other on the CPU. Sums go on from pass to pass, so they do not depend on where one ends.
+struct OnCpu<'a> {
+    cpu: &'a Cpu<f32>,
+    engine: Engine<'a, Cpu<f32>>,
+    sink: MomentSink<Cpu<f32>>,
+    totals: Totals,
+}
+
+impl Work for OnCpu<'_> {
+    fn take(&mut self, pass: Pass) -> Result<()> {
+        let run = self.engine.run(&pass, &mut self.sink)?;
+        self.sink.check(self.cpu)?;
+        self.totals.add(&run.settle(self.cpu)?);
+        Ok(())
+    }
+
+    fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    fn finish(&mut self) -> Result<Layers> {
+        self.sink.read(self.cpu)
+    }
+}
+
+/// The devices of `plan`, with the model on them. `cpu`: the CPU, if it is the device.
+///
+/// # Errors
+/// A device that cannot be opened or has no room for the model.
+pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -> Result<Box<dyn Work + 'a>> {
+    let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());
+    let sink = MomentSink::new(&plan.engine.layers, plan.spec.hidden_size);
+    let engine = engine.interruptible(interrupt.clone());
+    Ok(Box::new(OnCpu { cpu, engine, sink, totals: Totals::default() }))
+}
