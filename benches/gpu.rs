@@ -12,7 +12,7 @@ use cudarc::driver::result::{memcpy_dtod_async, memset_d8_async};
 use cudarc::driver::sys::CUevent_flags;
 use gradlens::backend::cuda::linear::{Direction, Shape, Tile};
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc, Real};
+use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, Format, ModuleSpec, Nvrtc, Real};
 use gradlens::error::{Error, Result};
 use half::bf16;
 use serde_json::{Value, json};
@@ -263,7 +263,7 @@ impl Bench {
         let copies = self.copies(2 * rows * (from + to));
         let weight = random::<bf16>(&self.cuda, out_features, in_features, 7)?;
         let x = self.inputs::<bf16>(copies, from, 8)?;
-        let chosen = Tile::choose(info, direction, shape);
+        let chosen = Tile::choose(info, Format::Bf16, direction, shape);
         // Where wgmma is chosen: what the kernel that runs on every device would do here.
         let other = (info.compute_capability == (9, 0)).then_some(Tile::Large);
         for tile in [Some(chosen), other.filter(|tile| *tile != chosen)].into_iter().flatten() {

@@ -69,6 +69,22 @@ __device__ __forceinline__ void store_4(bf16* p, const float (&v)[4]) {
   *reinterpret_cast<uint2*>(p) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
 }
 
+// ---- functions --------------------------------------------------------------------------------------
+
+// 2^v to 2 units in the last place; 0 where it is below the normal numbers.
+__device__ __forceinline__ float exp2_approximate(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// 1/v to a unit in the last place.
+__device__ __forceinline__ float reciprocal_approximate(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // ---- reductions -------------------------------------------------------------------------------------
 
 // Every lane gets the sum over the warp, added in the same order in each.
@@ -99,6 +115,10 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 // Copies 16 bytes in the background; bytes from `source_bytes` on become zero. Both sides 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(u32 destination, const void* source, int source_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(source_bytes) : "memory");
+}
+// Copies 4 bytes in the background, or makes them zero: source_bytes 4 or 0.
+__device__ __forceinline__ void cp_async_4(u32 destination, const void* source, int source_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(source_bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most LEFT of this thread's groups are under way.

@@ -18,22 +18,24 @@
 //                both
 //   "small_"     64x64 tiles, for outputs with too few large ones to fill the device; the same bits
 //   "unaligned_" 64x64 tiles, any in and out: plain loads, correct and slow
-#include "common.cuh"
+#include "epilogue.cuh"
 
 constexpr int THREADS = 128;
 constexpr int BAND = 8;  // rows of tiles that are walked together
 
-// DEPTH: how much of the depth one stage holds. Each of 2 x 2 warps computes a quarter of the tile.
-template <int ROWS_, int COLUMNS_, int DEPTH_, int STAGES_> struct Tile {
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = DEPTH_, STAGES = STAGES_;
+// DEPTH: how much of the depth one stage holds. The 4 warps divide the tile among them, ACROSS side by side.
+template <int ROWS_, int COLUMNS_, int DEPTH_, int STAGES_, int ACROSS_> struct Tile {
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, DEPTH = DEPTH_, STAGES = STAGES_, ACROSS = ACROSS_;
+  static constexpr int WARP_ROWS = ROWS * ACROSS / 4, WARP_COLUMNS = COLUMNS / ACROSS;
   static constexpr int A_BYTES = ROWS * DEPTH * 2, B_BYTES = COLUMNS * DEPTH * 2;
   static constexpr int SHARED_BYTES = STAGES * (A_BYTES + B_BYTES);
 };
 // A 64x64 quarter reads 1/32 byte of shared memory per multiply-add, half of what 32x64 would: at 2 blocks per
 // multiprocessor the tensor cores, not shared memory, are the limit. 48 KB each, so two fit where there are 100
 // KB.
-using Large = Tile<128, 128, 32, 3>;
-using Small = Tile<64, 64, 64, 3>;
+using Large = Tile<128, 128, 32, 3, 2>;
+using Small = Tile<64, 64, 64, 3, 2>;
+using SmallStrips = Tile<64, 64, 64, 3, 1>;  // for epilogues that take 64 neighbours from one warp
 
 // Shared tiles have rows of CHUNKS 16-byte chunks. The chunk's place is its number XOR bits of the row, so that
 // the same chunk of 8 successive rows (ldmatrix) and 8 successive chunks (copies) are in 8 different groups of
@@ -65,14 +67,13 @@ __device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64
   }
 }
 
-// out[rows, columns] = a[rows, depth] · B + bias + addend, with B[k, n] = weight[n, k] forward (weight is
-// [columns, depth]) and weight[k, n] backward (weight is [depth, columns]).
-template <class T, bool BACKWARD, bool ALIGNED, class Out>
+// Hands a[rows, depth] · B to the epilogue, with B[k, n] = weight[n, k] forward (weight is [columns, depth]) and
+// weight[k, n] backward (weight is [depth, columns]).
+template <class T, bool BACKWARD, bool ALIGNED, class Epilogue>
 __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* __restrict__ weight,
-                                        const float* __restrict__ bias, const float* addend, Out* out, int rows,
-                                        int columns, int depth) {
-  constexpr int STEPS = T::DEPTH / 16;                                     // mma steps in a stage
-  constexpr int M_TILES = T::ROWS / 2 / 16, N_TILES = T::COLUMNS / 2 / 8;  // mma tiles of a warp
+                                        const Epilogue& epilogue, int rows, int columns, int depth) {
+  constexpr int STEPS = T::DEPTH / 16;                                         // mma steps in a stage
+  constexpr int M_TILES = T::WARP_ROWS / 16, N_TILES = T::WARP_COLUMNS / 8;  // mma tiles of a warp
   constexpr int A_PITCH = T::DEPTH * 2, B_PITCH = (BACKWARD ? T::COLUMNS : T::DEPTH) * 2;
   constexpr int A_CHUNKS = A_PITCH / 16, B_CHUNKS = B_PITCH / 16;
   constexpr bool WHOLE = ALIGNED && BACKWARD;  // columns is a multiple of 8
@@ -82,7 +83,7 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
   u8* const b_part = shared + T::STAGES * T::A_BYTES;
   const u32 a_shared = shared_address(shared), b_shared = shared_address(b_part);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int warp_row = (warp >> 1) * (T::ROWS / 2), warp_column = (warp & 1) * (T::COLUMNS / 2);
+  const int warp_row = warp / T::ACROSS * T::WARP_ROWS, warp_column = warp % T::ACROSS * T::WARP_COLUMNS;
   const int row_tiles = (rows + T::ROWS - 1) / T::ROWS, column_tiles = (columns + T::COLUMNS - 1) / T::COLUMNS;
   const TilePlace place = place_tile(blockIdx.x, row_tiles, column_tiles, BAND);
   const int row0 = place.row * T::ROWS, column0 = place.column * T::COLUMNS;
@@ -185,25 +186,7 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
     }
   }
 
-  // Results: each lane finishes four neighbours of a row at a time.
-#pragma unroll
-  for (int n = 0; n < N_TILES; n += 2) {
-    const int column = column0 + warp_column + n * 8 + quad_column();
-    const float4 shift = bias ? load_quad<WHOLE>(bias, column, columns) : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = row0 + warp_row + m * 16 + half * 8 + (lane >> 2);
-        const float* left = &sum[m][n][half * 2];
-        const float* right = &sum[m][n + 1][half * 2];
-        float4 v = gather_quad(left[0], left[1], right[0], right[1]);
-        if (row >= rows) continue;
-        if constexpr (!BACKWARD) v = v + shift;
-        else if (addend) v = v + load_quad<WHOLE>(addend + (i64)row * columns, column, columns);
-        store_quad<WHOLE>(out + (i64)row * columns, column, columns, v);
-      }
-  }
+  finish<M_TILES, N_TILES, WHOLE>(epilogue, &sum[0][0][0], row0 + warp_row, column0 + warp_column, rows, columns);
 }
 
 // ---- forward ---------------------------------------------------------------------------------------
@@ -211,34 +194,103 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_forward_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
                    float* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+  product<Large, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-linear_forward_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
-                    bf16* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+linear_forward_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                    const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_small_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                         const float* __restrict__ bias, float* y, int rows, int in_features, int out_features) {
-  product<Small, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                         const float* __restrict__ bias, float* y, int rows, int in_features,
+                         int out_features) {
+  product<Small, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_small_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                          const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
-  product<Small, false, true>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                          const float* __restrict__ bias, bf16* y, int rows, int in_features,
+                          int out_features) {
+  product<Small, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_unaligned_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                             const float* __restrict__ bias,
-                             float* y, int rows, int in_features, int out_features) {
-  product<Small, false, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                             const float* __restrict__ bias, float* y, int rows, int in_features,
+                             int out_features) {
+  product<Small, false, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_unaligned_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                              const float* __restrict__ bias,
-                              bf16* y, int rows, int in_features, int out_features) {
-  product<Small, false, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                              const float* __restrict__ bias, bf16* y, int rows, int in_features,
+                              int out_features) {
+  product<Small, false, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+}
+
+// ---- forward, the residual stream added ------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_add(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+           const float* __restrict__ addend, float* y, float* sum, int rows, int in_features,
+           int out_features) {
+  product<Large, false, true>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_add_small(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+                 const float* __restrict__ addend, float* y, float* sum, int rows, int in_features,
+                 int out_features) {
+  product<Small, false, true>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_add_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                     const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
+                     int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+
+// ---- forward, gated --------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_gated(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+             int activation, bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
+                              in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_gated_small(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+                   int activation, bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
+                              in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_gated_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                       const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
+                       int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
+                               in_features);
+}
+
+// ---- forward, exponentials for the loss ------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_exponentials(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                    const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
+                    float* target_logits, int rows, int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits},
+                              rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_exponentials_small(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                          const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
+                          float* target_logits, int rows, int in_features, int out_features) {
+  product<SmallStrips, false, true>(x, weight, Exponentials<bf16>{targets, e, exponents, sums,
+                                    target_logits}, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+linear_exponentials_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                              const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
+                              float* target_logits, int rows, int in_features, int out_features) {
+  product<SmallStrips, false, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums,
+                                     target_logits}, rows, out_features, in_features);
 }
 
 // ---- backward --------------------------------------------------------------------------------------
@@ -246,30 +298,54 @@ linear_forward_unaligned_bf16(const bf16* __restrict__ x, const bf16* __restrict
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_backward_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
                     float* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Large, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_backward_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
                      bf16* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Large, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_backward_small_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
                           float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Small, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_backward_small_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
                            bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Small, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-linear_backward_unaligned_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                              float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+linear_backward_unaligned_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                              const float* addend, float* dx, int rows, int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-linear_backward_unaligned_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                               bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+linear_backward_unaligned_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                               const float* addend, bf16* dx, int rows, int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+}
+
+// ---- backward, through the gate --------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_gated_backward(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                      const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
+                      int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
+                             in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_gated_backward_small(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                            const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
+                            int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
+                             in_features, out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_gated_backward_unaligned(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                                const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
+                                int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
+                              in_features, out_features);
 }

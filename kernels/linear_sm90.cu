@@ -17,6 +17,7 @@
 // place_tile. Block: 384 threads: warpgroup 0 copies, warpgroups 1 and 2 multiply the tile's upper and lower 64
 // rows. Dynamic shared memory: SHARED_BYTES of the tile. Entry points: "" 128x128 tiles, "wide_" 128x256 tiles,
 // the same bits.
+#include "epilogue.cuh"
 #include "hopper.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // nothing for other architectures
@@ -47,10 +48,9 @@ template <int STAGES> struct Ring {
   }
 };
 
-template <class T, bool BACKWARD, class Out>
-__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& weight,
-                                        const float* __restrict__ bias, const float* addend, Out* out, int rows,
-                                        int columns, int depth) {
+template <class T, bool BACKWARD, class Epilogue>
+__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& weight, const Epilogue& epilogue,
+                                        int rows, int columns, int depth) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 a_shared = shared_address(shared), b_shared = a_shared + T::STAGES * T::A_BYTES;
   // One barrier of each kind a slot: its stage has arrived, its stage may be overwritten.
@@ -124,23 +124,8 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
       if (lane == 0) barrier_arrive(empty + last * 8);  // the last stage: copies go on during the epilogue
 
       const TilePlace place = place_tile(tile, row_tiles, column_tiles, T::BAND);
-      const int row0 = place.row * ROWS + (warp - 4) * 16 + (lane >> 2);
-      const int column0 = place.column * T::COLUMNS + quad_column();
-#pragma unroll
-      for (int n = 0; n < T::COLUMNS / 8; n += 2) {
-        const int column = column0 + n * 8;
-        const float4 shift = bias ? load_quad<BACKWARD>(bias, column, columns) : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int row = row0 + i * 8;
-          const float* left = &sum[n * 4 + i * 2];
-          float4 v = gather_quad(left[0], left[1], left[4], left[5]);
-          if (row >= rows) continue;
-          if constexpr (!BACKWARD) v = v + shift;
-          else if (addend) v = v + load_quad<true>(addend + (i64)row * columns, column, columns);
-          store_quad<BACKWARD>(out + (i64)row * columns, column, columns, v);
-        }
-      }
+      finish<1, T::COLUMNS / 8, BACKWARD>(epilogue, sum, place.row * ROWS + (warp - 4) * 16,
+                                          place.column * T::COLUMNS, rows, columns);
     }
   }
 }
@@ -149,25 +134,76 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_f32(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                        const float* __restrict__ bias, float* y, int rows, int in_features, int out_features) {
-  product<Narrow, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                        const float* __restrict__ bias, float* y, int rows, int in_features,
+                        int out_features) {
+  product<Narrow, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_bf16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                         const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
-  product<Narrow, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+                         const float* __restrict__ bias, bf16* y, int rows, int in_features,
+                         int out_features) {
+  product<Narrow, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_wide_f32(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
                              const float* __restrict__ bias, float* y, int rows, int in_features,
                              int out_features) {
-  product<Wide, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+  product<Wide, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_wide_bf16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
                               const float* __restrict__ bias, bf16* y, int rows, int in_features,
                               int out_features) {
-  product<Wide, false>(x, weight, bias, nullptr, y, rows, out_features, in_features);
+  product<Wide, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+}
+
+// ---- forward, the residual stream added ------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_add_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
+                int rows, int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_add_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                     const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
+                     int rows, int in_features, int out_features) {
+  product<Wide, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+
+// ---- forward, gated --------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_gated_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                  const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
+                  int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
+                         in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_gated_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                       const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
+                       int in_features, int out_features) {
+  product<Wide, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
+                       in_features);
+}
+
+// ---- forward, exponentials for the loss ------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_exponentials_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                         const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
+                         float* target_logits, int rows, int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits}, rows,
+                         out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_exponentials_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                              const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
+                              float* target_logits, int rows, int in_features, int out_features) {
+  product<Wide, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits}, rows,
+                       out_features, in_features);
 }
 
 // ---- backward --------------------------------------------------------------------------------------
@@ -175,22 +211,39 @@ linear_forward_sm90_wide_bf16(const __grid_constant__ TensorMap x, const __grid_
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_f32(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
                          const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Narrow, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Narrow, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_bf16(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
                           const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Narrow, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Narrow, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_wide_f32(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
                               const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Wide, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Wide, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_wide_bf16(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
                                const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Wide, true>(dy, weight, nullptr, addend, dx, rows, in_features, out_features);
+  product<Wide, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+}
+
+// ---- backward, through the gate --------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_gated_backward_sm90(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
+                           const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
+                           int in_features, int out_features) {
+  product<Narrow, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows, in_features,
+                        out_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_gated_backward_sm90_wide(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
+                                const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
+                                int in_features, int out_features) {
+  product<Wide, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows, in_features,
+                      out_features);
 }
 
 #endif

@@ -115,25 +115,41 @@ pub struct LayerArgs {
     #[arg(long, help_heading = "Output")]
     pub quiet: bool,
 
-    /// Where to compute: `auto` or `cpu`
+    /// What to compute with.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// Tokens that go through the model together; changes speed and memory (on CUDA devices also last digits)
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    pub tokens_per_pass: Option<usize>,
+
+    /// Memory for activations on the CPU, in GiB; half of what is free if left out
+    #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
+    pub memory: Option<f64>,
+}
+
+/// What to compute with.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct MachineArgs {
+    /// Where to compute: `cpu`, `cuda`, `cuda:1`, several as `cuda:0,cuda:1`; `auto` is the first CUDA device that can
+    /// be used, else the CPU
     #[arg(long, default_value = "auto", help_heading = "Machine")]
     pub device: String,
 
-    /// Type of activations and sums; `auto` is float32 on the CPU
+    /// What weights and activations are multiplied in; `auto` is bfloat16 on CUDA devices, float32 on the CPU. Sums are
+    /// float32 at least
     #[arg(long, default_value = "auto", help_heading = "Machine")]
     pub dtype: DtypeArg,
+
+    /// Memory of each CUDA device to use, in GiB; all that is free if left out. Weights that do not fit are brought
+    /// layer by layer in each pass
+    #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
+    pub device_memory: Option<f64>,
 
     /// CPU threads; all cores if left out
     #[arg(long, value_name = "N", help_heading = "Machine")]
     pub threads: Option<usize>,
-
-    /// Tokens that go through the model together; changes speed and memory, never results
-    #[arg(long, value_name = "N", help_heading = "Machine")]
-    pub tokens_per_pass: Option<usize>,
-
-    /// Memory for activations, in GiB; half of what is free if left out
-    #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
-    pub memory: Option<f64>,
 }
 
 /// Which model, of all commands that need one.
@@ -211,9 +227,9 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 320, value_name = "N")]
     pub num_samples: usize,
 
-    /// CPU threads; all cores if left out
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// What to compute with.
+    #[command(flatten)]
+    pub machine: MachineArgs,
 
     /// No progress on stderr; warnings, errors and results stay
     #[arg(long)]
@@ -247,6 +263,6 @@ pub enum DtypeArg {
     Auto,
     /// IEEE single precision
     Float32,
-    /// Not on the CPU
+    /// CUDA devices only
     Bfloat16,
 }

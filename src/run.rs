@@ -1,6 +1,7 @@
 //! Plan → results: the only file that sees every stage.
 
 mod closing;
+mod on_cuda;
 mod record;
 mod work;
 

@@ -6,10 +6,26 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used)]
 
+mod common;
+#[path = "common/golden.rs"]
+mod golden;
+
+#[path = "cuda/activation.rs"]
+mod activation;
 #[path = "cuda/architectures.rs"]
 mod architectures;
 #[path = "cuda/atomics.rs"]
 mod atomics;
+#[path = "cuda/attention.rs"]
+mod attention;
+#[path = "cuda/attention_faults.rs"]
+mod attention_faults;
+#[path = "cuda/elementwise.rs"]
+mod elementwise;
+#[path = "cuda/elementwise_faults.rs"]
+mod elementwise_faults;
+#[path = "cuda/engine.rs"]
+mod engine;
 #[path = "cuda/faults.rs"]
 mod faults;
 #[path = "cuda/host.rs"]
@@ -18,10 +34,20 @@ mod host;
 mod linear;
 #[path = "cuda/linear_faults.rs"]
 mod linear_faults;
+#[path = "cuda/linear_fused.rs"]
+mod linear_fused;
+#[path = "cuda/loss.rs"]
+mod loss;
 #[path = "cuda/machine.rs"]
 mod machine;
 #[path = "cuda/norm.rs"]
 mod norm;
+#[path = "cuda/ops.rs"]
+mod ops;
+#[path = "cuda/program.rs"]
+mod program;
+#[path = "cuda/rope.rs"]
+mod rope;
 #[path = "cuda/static_checks.rs"]
 mod static_checks;
 #[path = "cuda/stats.rs"]

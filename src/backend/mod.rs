@@ -100,6 +100,8 @@ pub struct NonFinite(pub usize);
 pub struct Appetite {
     /// Tokens of a chunk.
     pub chunk_tokens: usize,
+    /// Tokens of a chunk at least, where memory is short.
+    pub least_chunk_tokens: usize,
     /// Tokens of a pass where all weights stay where they are used.
     pub pass_tokens: usize,
     /// Tokens of a pass that brings weights from a slower place.

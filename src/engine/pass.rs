@@ -113,6 +113,14 @@ impl<'a, B: Backend> Engine<'a, B> {
         self
     }
 
+    /// Loads the weights that stay, which otherwise come when a pass first needs them.
+    ///
+    /// # Errors
+    /// The device has no room for them, or fails.
+    pub fn load(&mut self) -> Result<()> {
+        self.model.load_resident(self.backend)
+    }
+
     /// One forward and, if gradients are wanted, one backward of all samples of `pass`; every wanted layer
     /// is shown to `sink`. The device may still be at it on return.
     ///

@@ -57,10 +57,7 @@ impl<B: Backend> Model<B> {
     pub fn enter(&mut self, backend: &B, stage: Stage, next: Option<Stage>) -> Result<()> {
         self.load(backend)?;
         for weight in self.missing(stage) {
-            let packed = &self.program.weights[weight.0];
-            let parts = self.parts(packed);
-            let room = backend.room(&parts)?;
-            self.weights.0[weight.0] = Some(backend.load(room, &parts, packed.packing)?);
+            self.bring(backend, weight)?;
         }
         for weight in next.map(|next| self.missing(next)).unwrap_or_default() {
             let room = backend.room(&self.parts(&self.program.weights[weight.0]))?;
@@ -82,6 +79,29 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// Loads everything that stays.
+    pub fn load_resident(&mut self, backend: &B) -> Result<()> {
+        let blocks =
+            [&self.program.embed].into_iter().chain(&self.program.blocks).chain([&self.program.head]);
+        let mut weights: Vec<Weight> = blocks.flat_map(Block::weights).collect();
+        weights.retain(|weight| self.stays[weight.0]);
+        for weight in weights {
+            if self.weights.0[weight.0].is_none() {
+                self.bring(backend, weight)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn bring(&mut self, backend: &B, weight: Weight) -> Result<()> {
+        let packed = &self.program.weights[weight.0];
+        let parts = self.parts(packed);
+        let loaded = backend.load(backend.room(&parts)?, &parts, packed.packing)?;
+        self.weights.0[weight.0] = Some(loaded);
+        Ok(())
+    }
+
+    /// Loads what there is room for.
     fn load(&mut self, backend: &B) -> Result<()> {
         for (weight, room) in std::mem::take(&mut self.coming) {
             let packed = &self.program.weights[weight.0];

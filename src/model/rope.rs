@@ -19,6 +19,13 @@ impl Rope {
             })
             .collect()
     }
+
+    /// Angle of each pair at each of the positions `0..positions`, in radians, rounded to float32 as transformers
+    /// does. `inv_freq`: [`Rope::inv_freq`]. `[positions, Hd/2]`
+    pub fn angles(inv_freq: &[f32], positions: usize) -> impl Iterator<Item = f64> {
+        let angle = |position: usize, freq: f32| f64::from(position as f32 * freq);
+        (0..positions).flat_map(move |position| inv_freq.iter().map(move |&freq| angle(position, freq)))
+    }
 }
 
 impl RopeScaling {

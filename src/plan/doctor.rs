@@ -52,10 +52,7 @@ impl Findings<'_> {
         let devices = match cuda::devices() {
             Ok(devices) if devices.is_empty() => return self.say("CUDA", "a driver, and no device"),
             Ok(devices) => devices,
-            Err(error) => {
-                self.say("CUDA", error.what());
-                return self.say("device", "cpu");
-            }
+            Err(error) => return self.say("CUDA", error.what()),
         };
         for device in devices {
             let (major, minor) = device.compute_capability;
@@ -80,7 +77,6 @@ impl Findings<'_> {
             Ok(None) => self.say("kernels", "compiled ones are not kept"),
             Err(error) => self.say("kernels", error.what()),
         }
-        self.say("device", "cpu: layers do not run on CUDA yet");
     }
 
     /// Where files come from and go to.
@@ -117,6 +113,8 @@ impl Findings<'_> {
     fn job(&self, args: &LayerArgs, timestamp: PrimitiveDateTime) -> Result<()> {
         let args = LayerArgs { dry_run: true, ..args.clone() };
         let plan = Plan::layer(&args, timestamp, self.fetcher)?;
+        self.say("device", plan.device());
+        plan.warnings.iter().for_each(|warning| self.fetcher.log().warn(warning));
         self.say("model", plan.model());
         self.say("weights", plan.weights());
         self.say("texts", plan.texts_to_download().unwrap_or_else(|| "on this machine".into()));

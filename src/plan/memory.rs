@@ -3,7 +3,7 @@
 
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
-use crate::model::op::{Block, Fused, Site};
+use crate::model::op::{Block, Fused, Op, Site};
 use crate::model::{Program, Spec};
 
 /// What a run takes, in bytes, and how it was made to fit.
@@ -72,17 +72,21 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     // A sample is hardly longer than the model was made for, whatever the user allows.
     let longest = demand.max_length.min(demand.max_positions);
     let needed = longest.saturating_mul(demand.num_samples).max(1);
-    let Appetite { chunk_tokens, pass_tokens, streamed_pass_tokens } = backend.appetite(gradients);
-    let chunk_tokens = demand.tokens_per_pass.map_or(chunk_tokens, |tokens| tokens.min(chunk_tokens));
-    let chunk = chunk_tokens.max(longest).min(needed);
+    let Appetite { mut chunk_tokens, least_chunk_tokens, pass_tokens, streamed_pass_tokens } =
+        backend.appetite(gradients);
+    if let Some(tokens) = demand.tokens_per_pass {
+        chunk_tokens = chunk_tokens.min(tokens);
+    }
     let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
-    let loss = match gradients {
-        true => backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk),
-        false => 0,
+    let peak = peak_bytes(backend, &program, gradients);
+    let workspace = |chunk: usize| {
+        let loss = match gradients {
+            true => backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk),
+            false => 0,
+        };
+        chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss
     };
-    let workspace_bytes = chunk as u64 * peak_bytes(backend, &program, gradients)
-        + backend.product_workspace_bytes(widest, chunk)
-        + loss;
+    let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
     let first = demand.engine.layers.first().copied().unwrap_or(0);
     // Layers whose backward runs whole: those above the lowest wanted one.
@@ -96,7 +100,18 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let all_recompute = backward.end;
 
     let weights = WeightBytes::of(backend, spec, &program);
-    let least = workspace_bytes + activations(chunk, all_recompute);
+    let least_pass = demand.tokens_per_pass.unwrap_or(1);
+    let least = |chunk_tokens: usize| {
+        let pass = least_pass.max(of_chunk(chunk_tokens)).min(needed);
+        workspace(of_chunk(chunk_tokens)) + activations(pass, all_recompute)
+    };
+    while chunk_tokens > least_chunk_tokens
+        && least(chunk_tokens) + weights.on_device(0) > demand.budget_bytes
+    {
+        chunk_tokens /= 2;
+    }
+    let workspace_bytes = workspace(of_chunk(chunk_tokens));
+    let least = least(chunk_tokens);
     let resident_layers = weights.resident_layers(demand.budget_bytes.saturating_sub(least));
     let weight_bytes = weights.on_device(resident_layers);
     let budget = demand.budget_bytes.saturating_sub(workspace_bytes + weight_bytes);
@@ -190,9 +205,8 @@ fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: boo
         let last = block.last_uses(end);
         let live = |index: usize| -> u64 {
             let alive = |slot: usize| {
-                let from = written(block, slot);
                 // What nothing reads is there while it is written.
-                from <= index && last[slot].unwrap_or(from) >= index
+                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
             };
             (0..bytes.len()).filter(|&slot| alive(slot)).map(|slot| bytes[slot] as u64).sum()
         };
@@ -206,9 +220,10 @@ fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: boo
     program.blocks.iter().map(peak).max().unwrap_or(0)
 }
 
-/// Index of the op that writes a slot; 0 for the block's input.
-fn written<F: Fused>(block: &Block<F>, slot: usize) -> usize {
-    block.ops.iter().position(|op| op.outputs().iter().any(|out| out.0 == slot)).unwrap_or(0)
+/// Index of the op that writes a slot; 0 for the block's input, `None` for a slot that fusing has left out.
+fn written<F: Fused>(block: &Block<F>, slot: usize) -> Option<usize> {
+    let writes = |op: &Op<F>| op.outputs().iter().any(|out| out.0 == slot);
+    if slot == Block::INPUT.0 { Some(0) } else { block.ops.iter().position(writes) }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod corpus;
 mod demo;
+mod device;
 mod doctor;
 mod fetch;
 mod layers;
@@ -16,13 +17,13 @@ use std::time::Instant;
 use time::PrimitiveDateTime;
 
 pub use demo::Embedded;
+pub use device::Devices;
 pub use doctor::doctor;
 pub use fetch::Fetcher;
 pub use memory::Memory;
 pub use preload::preload;
 
-use crate::backend::cpu::Cpu;
-use crate::cli::{AggregateBy, DemoArgs, DtypeArg, LayerArgs, ModelArgs, TextArgs};
+use crate::cli::{AggregateBy, DemoArgs, LayerArgs, ModelArgs, TextArgs};
 use crate::engine::{EngineSpec, LossReduction};
 use crate::error::{Error, Result};
 use crate::model::{Config, Spec, Tensor, describe};
@@ -65,6 +66,8 @@ pub struct Plan {
     pub transform: TransformSpec,
     /// Where results go.
     pub output: OutputSpec,
+    /// Where passes are computed.
+    pub devices: Devices,
     /// Threads of the CPU.
     pub threads: usize,
     /// Memory, and what follows from it.
@@ -120,9 +123,7 @@ impl Plan {
             save_consolidated: None,
             dry_run: false,
             quiet: args.quiet,
-            device: "cpu".into(),
-            dtype: DtypeArg::Float32,
-            threads: args.threads,
+            machine: args.machine.clone(),
             tokens_per_pass: None,
             memory: None,
         };
@@ -138,7 +139,6 @@ impl Plan {
         let (model_name, num_samples) = (&args.model.model_name, args.texts.num_samples);
         let mut warnings = Vec::new();
         let mut notes = Vec::new();
-        check_device(args)?;
         at_least_one("--num_samples", num_samples)?;
         at_least_one("--batch_size", args.batch_size)?;
         at_least_one("--max_length", args.max_length)?;
@@ -148,7 +148,8 @@ impl Plan {
             at_most_int(flag, tokens.unwrap_or(1))?;
         }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
-        at_least_one("--threads", args.threads.unwrap_or(1))?;
+        at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
+        let devices = Devices::resolve(&args.machine, &mut warnings)?;
         let free_bytes = free_memory()?;
         let budget_bytes = budget(args.memory, free_bytes)?;
         let normalise = match (args.normalize_gradients, args.normalize_mode) {
@@ -248,19 +249,16 @@ impl Plan {
             keep_from: 0,
             resident_layers: 0,
         };
-        let memory = memory::plan(
-            &Cpu::<f32>::new(),
-            &memory::Demand {
-                spec: &spec,
-                engine: &engine,
-                tokens_per_pass: args.tokens_per_pass,
-                max_length: args.max_length,
-                max_positions: config.max_position_embeddings,
-                num_samples,
-                slow_weights: weight_bytes > free_bytes,
-                budget_bytes,
-            },
-        );
+        let memory = devices.plan(&memory::Demand {
+            spec: &spec,
+            engine: &engine,
+            tokens_per_pass: args.tokens_per_pass,
+            max_length: args.max_length,
+            max_positions: config.max_position_embeddings,
+            num_samples,
+            slow_weights: weight_bytes > free_bytes,
+            budget_bytes,
+        })?;
         memory.set(&mut engine);
         Ok(Self {
             texts,
@@ -279,7 +277,8 @@ impl Plan {
                 power: powers.first().copied(),
             },
             output,
-            threads: args.threads.unwrap_or_else(num_cores),
+            threads: args.machine.threads.unwrap_or_else(num_cores),
+            devices,
             memory,
             dry_run: args.dry_run,
             timestamp,
@@ -326,42 +325,6 @@ impl Plan {
     pub fn dataset_origin(&self) -> Option<(Option<&str>, &str, &str)> {
         self.corpus.origin()
     }
-
-    /// The device, as metadata names it.
-    pub fn device(&self) -> &'static str {
-        "cpu"
-    }
-
-    /// The type of activations, as metadata names it.
-    pub fn dtype(&self) -> &'static str {
-        "float32"
-    }
-}
-
-fn check_device(args: &LayerArgs) -> Result<()> {
-    match args.device.as_str() {
-        "auto" | "cpu" => {}
-        device => {
-            let what = if device == "cuda" || device.starts_with("cuda:") {
-                "this version does not run layers on CUDA devices yet"
-            } else {
-                "the device is unknown"
-            };
-            return Err(Error::usage(what)
-                .at("--device")
-                .expected("auto or cpu")
-                .found(device)
-                .hint("run with --device cpu"));
-        }
-    }
-    if args.dtype == DtypeArg::Bfloat16 {
-        return Err(Error::usage("the CPU does not compute in bfloat16")
-            .at("--dtype")
-            .expected("auto or float32")
-            .found("bfloat16")
-            .hint("a bfloat16 checkpoint is read as it is: its weights are exact in float32"));
-    }
-    Ok(())
 }
 
 fn at_least_one(flag: &str, value: usize) -> Result<()> {

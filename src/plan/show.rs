@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::Plan;
+use super::{Devices, Plan};
 use crate::model::{Config, RopeScaling};
 use crate::stats::Direction;
 use crate::units::{size, thousands};
@@ -46,13 +46,14 @@ impl fmt::Display for Plan {
                 thousands(self.max_length as u64)
             ),
         )?;
-        row("device", format!("cpu, {} threads, {}", self.threads, self.dtype()))?;
+        row("device", self.device())?;
         row("pass", self.pass())?;
         let m = &self.memory;
         row(
             "memory",
             format!(
-                "activations {}, workspace {} (budget {})",
+                "{}activations {}, workspace {} (budget {})",
+                self.weights_there(),
                 size(m.activation_bytes),
                 size(m.workspace_bytes),
                 size(m.budget_bytes)
@@ -131,6 +132,27 @@ impl Plan {
             self.transform.mode.name(),
             self.transform.normalise.name()
         )
+    }
+
+    pub(super) fn device(&self) -> String {
+        let (name, dtype) = (self.devices.name(), self.devices.dtype());
+        match self.devices {
+            Devices::Cpu => format!("{name}, {} threads, {dtype}", self.threads),
+            Devices::Cuda { .. } => format!("{name}, {dtype}"),
+        }
+    }
+
+    /// Weights on a device that has memory of its own.
+    fn weights_there(&self) -> String {
+        let (resident, all) = (self.memory.resident_layers, self.spec.blocks.len());
+        match self.memory.weight_bytes {
+            0 => String::new(),
+            bytes if resident >= all => format!("weights {}, ", size(bytes)),
+            bytes => format!(
+                "weights {} ({resident} of {all} layers stay, the others come for each pass), ",
+                size(bytes)
+            ),
+        }
     }
 
     fn pass(&self) -> String {

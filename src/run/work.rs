@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::on_cuda::OnCuda;
 use crate::backend::cpu::Cpu;
 use crate::engine::{Engine, Totals};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::plan::Plan;
+use crate::plan::{Devices, Plan};
 use crate::source::Pass;
 use crate::stats::{LayerMoments, MomentSink};
 
@@ -61,6 +62,9 @@ impl Work for OnCpu<'_> {
 /// # Errors
 /// A device that cannot be opened or has no room for the model.
 pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -> Result<Box<dyn Work + 'a>> {
+    if let Devices::Cuda { devices, lower } = &plan.devices {
+        return Ok(Box::new(OnCuda::start(plan, devices, *lower, interrupt)?));
+    }
     let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());
     let sink = MomentSink::new(&plan.engine.layers, plan.spec.hidden_size);
     let engine = engine.interruptible(interrupt.clone());

@@ -8,7 +8,7 @@ use crate::backend::{Backend, Chunk, Moments};
 use crate::error::{Error, Result};
 
 /// Sums of one layer.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerMoments {
     /// Of the values; every token counts.
     pub values: Option<Moments>,

@@ -8,7 +8,9 @@ use cuemu::launcher::{self, Sanitizer};
 use gradlens::backend::cuda::Sources;
 
 use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
-use super::{atomics, linear_faults, norm, stats};
+use super::{
+    activation, atomics, attention_faults, elementwise_faults, linear_faults, loss, norm, rope, stats,
+};
 
 /// Set in the processes started here: the name of a fault, or `none`.
 const PLANT: &str = "GRADLENS_TEST_PLANT";
@@ -30,7 +32,16 @@ pub const WRONG: &[&str] = &["instead of", "relative error", "other bytes under"
 
 /// All faults, each beside the test that must notice it.
 fn faults() -> impl Iterator<Item = &'static Fault> {
-    norm::FAULTS.iter().chain(stats::FAULTS).chain(atomics::FAULTS).chain(linear_faults::FAULTS)
+    norm::FAULTS
+        .iter()
+        .chain(stats::FAULTS)
+        .chain(atomics::FAULTS)
+        .chain(linear_faults::FAULTS)
+        .chain(elementwise_faults::FAULTS)
+        .chain(activation::FAULTS)
+        .chain(rope::FAULTS)
+        .chain(loss::FAULTS)
+        .chain(attention_faults::FAULTS)
 }
 
 /// Whether this process was started to run one test, under a sanitizer or with a fault.
@@ -141,6 +152,24 @@ fn in_stats() {
 }
 
 #[test]
+fn in_elementwise() {
+    all_are_noticed("activation.cuh");
+    all_are_noticed("embed.cu");
+    all_are_noticed("elementwise.cu");
+    all_are_noticed("rows.cuh");
+}
+
+#[test]
+fn in_loss() {
+    all_are_noticed("loss.cu");
+}
+
+#[test]
+fn in_rope() {
+    all_are_noticed("rope.cu");
+}
+
+#[test]
 fn in_sums_by_atomics() {
     all_are_noticed("sum.cu");
 }
@@ -151,8 +180,30 @@ fn in_linear() {
 }
 
 #[test]
+fn in_epilogues_of_linear() {
+    all_are_noticed("epilogue.cuh");
+}
+
+#[test]
+fn in_linear_of_float32() {
+    all_are_noticed("linear_f32.cu");
+}
+
+#[test]
 fn in_linear_for_compute_capability_9_0() {
     all_are_noticed("linear_sm90.cu");
+}
+
+#[test]
+fn in_attention() {
+    for file in ["attention.cuh", "attention.cu", "attention_mma.cuh", "attention_backward.cu"] {
+        all_are_noticed(file);
+    }
+}
+
+#[test]
+fn in_attention_by_multiply_adds() {
+    all_are_noticed("attention_any.cu");
 }
 
 #[test]
@@ -172,12 +223,25 @@ fn every_fault_has_its_place() {
 /// Tests of kernels, which must be silent under both sanitizers.
 const CLEAN: &[&str] = &[
     "atomics::sum",
+    "attention::multiply_adds_give_the_same_bits_under_all_schedules",
+    "attention::tensor_cores_give_the_same_bits_under_all_schedules",
     "norm::forward",
     "norm::backward",
+    "elementwise::embed",
+    "elementwise::add",
+    "elementwise::gate_forward",
+    "elementwise::gate_backward",
+    "elementwise::columns",
+    "rope::rotation",
+    "loss::finish",
     "stats::moments",
     "stats::the_first_sample_that_is_not_finite_is_named",
     "linear::mma_sync_gives_the_same_bits_under_all_schedules",
     "linear::wgmma_gives_the_same_bits_under_all_schedules",
+    "linear::ffma_gives_the_same_bits_under_all_schedules",
+    "linear_fused::mma_sync_gives_the_same_bits_under_all_schedules",
+    "linear_fused::wgmma_gives_the_same_bits_under_all_schedules",
+    "linear_fused::ffma_gives_the_same_bits_under_all_schedules",
 ];
 
 /// The correct kernels, in every build, under schedules × poisons: not one report.

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 use gradlens::backend::cuda::launch::Launch;
-use gradlens::backend::cuda::memory::Staging;
+use gradlens::backend::cuda::staging::Staging;
 use gradlens::backend::cuda::{Buf, Code, Cuda, CudaSpec, ModuleSpec, Nvrtc, Sources, devices};
 
 use super::faults;

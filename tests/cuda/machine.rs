@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cuemu::driver::Schedule;
-use gradlens::backend::cuda::{Code, Cuda, CudaSpec, ModuleSpec, Nvrtc, Sources};
+use gradlens::backend::cuda::{Code, Cuda, CudaBackend, CudaLower, CudaSpec, ModuleSpec, Nvrtc, Sources};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use super::faults;
@@ -118,6 +118,7 @@ pub struct Machine {
     pub cuda: Cuda,
     /// What its driver is handed.
     pub code: Code,
+    modules: ModuleSpec,
     stand_in: Option<&'static StandIn>,
     _turn: MutexGuard<'static, ()>,
 }
@@ -149,13 +150,24 @@ pub fn machine_with(sources: Sources) -> Option<Machine> {
         None => ModuleSpec { sources, ..ModuleSpec::from_environment().unwrap() },
     };
     let code = modules.code;
-    let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules }).unwrap();
-    let machine = Machine { cuda, code, stand_in, _turn: turn };
+    let cuda = Cuda::open(CudaSpec { ordinal: 0, budget_bytes: None, modules: modules.clone() }).unwrap();
+    let machine = Machine { cuda, code, modules, stand_in, _turn: turn };
     machine.schedule(PLAIN);
     Some(machine)
 }
 
 impl Machine {
+    /// The same device, opened once more to run models.
+    pub fn backend(&self, lower: CudaLower) -> CudaBackend {
+        self.backend_within(None, lower)
+    }
+
+    /// The same within a budget.
+    pub fn backend_within(&self, budget_bytes: Option<u64>, lower: CudaLower) -> CudaBackend {
+        let spec = CudaSpec { ordinal: 0, budget_bytes, modules: self.modules.clone() };
+        CudaBackend::open(spec, lower).unwrap()
+    }
+
     /// Whether kernels are emulated.
     pub fn emulated(&self) -> bool {
         self.stand_in.is_some()

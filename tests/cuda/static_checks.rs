@@ -17,8 +17,11 @@ const REGISTERS: u32 = 65_536;
 const STATIC_SHARED_BYTES: u32 = 48 * 1024;
 
 /// Instructions that must be there: (file, architectures, mnemonics).
-const INSTRUCTIONS: [(&str, &[&str], &[&str]); 2] = [
+const INSTRUCTIONS: [(&str, &[&str], &[&str]); 5] = [
+    ("attention.cu", &["80", "89", "90a"], &["HMMA", "LDSM", "LDGSTS", "MUFU"]),
+    ("attention_backward.cu", &["80", "89", "90a"], &["HMMA", "LDSM", "LDGSTS", "MUFU"]),
     ("linear.cu", &["80", "89", "90a"], &["HMMA", "LDSM", "LDGSTS"]),
+    ("linear_f32.cu", &["80", "89", "90a"], &["FFMA"]),
     ("linear_sm90.cu", &["90a"], &["HGMMA", "UTMALDG", "USETMAXREG"]),
 ];
 

@@ -511,6 +511,8 @@ def watch(model, ids):
 
     handles = [layer.mlp.register_forward_hook(hook) for layer in model.model.layers]
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()  # as transformers does before its loss
     for handle in handles:
         handle.remove()
     nats = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
@@ -575,6 +577,22 @@ def check_flips(golden, weights, samples, expected):
         print(f"    {name:<26} moves {moved[name]:.3f}")
         assert moved[name] > MOVES, f"{name} moves the golden by {moved[name]:.2e} only"
     return moved
+
+
+# -------------------------------------------------------------------------------- how far off bfloat16 is elsewhere
+
+
+def make_bfloat16(name):
+    """Relative L2 error of each array when transformers computes the golden in bfloat16: the measure of other engines."""
+    folder = HERE / name
+    expected = safetensors.torch.load_file(folder / "expected.safetensors")
+    ids, ends = expected["ids"], expected["cu_seqlens"].tolist()
+    samples = [ids[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16).eval()
+    found = expected_numbers(model, samples)
+    errors = {k: float((v - expected[k]).norm() / expected[k].norm()) for k, v in found.items() if k.startswith("layer_")}
+    write_json(folder / "bfloat16.json", {k: float(f"{v:.4g}") for k, v in errors.items()})
+    print(f"{name}: bfloat16 against float64: {min(errors.values()):.1e} to {max(errors.values()):.1e}")
 
 
 # ---------------------------------------------------------------------------------------- the scripts' algorithm
@@ -827,10 +845,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*GOLDENS, "tokenizers"], default=[*GOLDENS, "tokenizers"])
     parser.add_argument("--transformers_4", metavar="PYTHON")
+    parser.add_argument("--bfloat16", action="store_true", help="make bfloat16.json of the goldens that are there, and stop")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.bfloat16:
+        for name in GOLDENS:
+            make_bfloat16(name)
+        return
     path = HERE / "versions.json"
     versions = json.loads(path.read_text()) if path.exists() else {}
     versions |= {
@@ -840,6 +863,7 @@ def main():
     for name in args.only:
         if name != "tokenizers":
             make_golden(name)
+            make_bfloat16(name)
     if "tokenizers" in args.only:
         make_tokenizer_cases()
     if args.transformers_4:

@@ -12,7 +12,13 @@
 
 namespace cuemu {
 
+#ifdef CUEMU_TSAN
+// A report is made on the stack of the thread that it is about, and reads the program's debug information there,
+// recursing as deep as that is nested.
+constexpr size_t stack_bytes = 1 << 20;
+#else
 constexpr size_t stack_bytes = 128 << 10;
+#endif
 constexpr size_t guard_bytes = 4 << 10;
 constexpr size_t window_bytes = 256 << 10;  // of a block's shared window
 constexpr uint32_t warp_lanes = 32;

@@ -130,7 +130,12 @@ impl<T: Element> Lower for Cpu<T> {
 
     fn appetite(&self, gradients: bool) -> Appetite {
         let chunk_tokens = CHUNK_TOKENS[usize::from(gradients)];
-        Appetite { chunk_tokens, pass_tokens: chunk_tokens, streamed_pass_tokens: TOKENS_PER_STREAMED_PASS }
+        Appetite {
+            chunk_tokens,
+            least_chunk_tokens: chunk_tokens,
+            pass_tokens: chunk_tokens,
+            streamed_pass_tokens: TOKENS_PER_STREAMED_PASS,
+        }
     }
 
     fn slot_bytes(&self, block: &Block) -> Vec<usize> {

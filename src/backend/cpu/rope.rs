@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::element::store;
 use super::{Buf, Cpu, Element};
 use crate::backend::Chunk;
+use crate::model::Rope;
 
 /// Cosine and sine of the angle of every pair at every position.
 pub struct RopeTable<T> {
@@ -15,14 +16,10 @@ pub struct RopeTable<T> {
 }
 
 impl<T: Element> RopeTable<T> {
-    /// Positions `0..positions`. The angle is rounded to float32, as transformers does.
+    /// Positions `0..positions`.
     pub(super) fn new(inv_freq: &[f32], positions: usize) -> Self {
-        let angle = |position: usize, freq: f32| f64::from(position as f32 * freq);
-        let angles = (0..positions)
-            .flat_map(|position| inv_freq.iter().map(move |&freq| angle(position, freq)))
-            .map(|angle| (T::of(angle.cos()), T::of(angle.sin())))
-            .collect();
-        Self { angles, pairs: inv_freq.len() }
+        let angles = Rope::angles(inv_freq, positions).map(|angle| (T::of(angle.cos()), T::of(angle.sin())));
+        Self { angles: angles.collect(), pairs: inv_freq.len() }
     }
 }
 

@@ -107,6 +107,41 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
         .collect()
 }
 
+/// Bytes of device `ordinal` of `all` that are free now.
+///
+/// # Errors
+///
+/// No such device, one that is too old, or one that does not answer.
+pub fn free_bytes(all: &[DeviceInfo], ordinal: usize) -> Result<u64> {
+    check(all, ordinal)?;
+    let free = CudaContext::new(ordinal).and_then(|context| context.mem_get_info());
+    free.map(|(free, _)| free as u64)
+        .map_err(|error| driver_failed("could not open the device", error).at(format!("cuda:{ordinal}")))
+}
+
+/// Device `ordinal` of `all`, if it can be used.
+fn check(all: &[DeviceInfo], ordinal: usize) -> Result<&DeviceInfo> {
+    let place = format!("cuda:{ordinal}");
+    let Some(info) = all.get(ordinal) else {
+        let list = all.iter().map(|info| format!("cuda:{} {}", info.ordinal, info.name)).collect::<Vec<_>>();
+        let found = if list.is_empty() { "no device".to_owned() } else { list.join(", ") };
+        return Err(Error::new("no such CUDA device")
+            .at(place)
+            .expected("one of the devices of this machine")
+            .found(found)
+            .hint("CUDA_VISIBLE_DEVICES hides devices and renumbers the others"));
+    };
+    if info.compute_capability < MIN_COMPUTE_CAPABILITY {
+        let (major, minor) = info.compute_capability;
+        return Err(Error::new("the device is too old")
+            .at(place)
+            .expected("compute capability 8.0 or newer (A100, RTX 30 series and later)")
+            .found(format!("{} with {major}.{minor}", info.name))
+            .hint("--device cpu"));
+    }
+    Ok(info)
+}
+
 /// CUDA 12.0, the first with all functions that are used here, as the driver says it.
 const MIN_DRIVER: i32 = 12_000;
 
@@ -182,26 +217,8 @@ impl Device {
     ///
     /// No driver, no such device, one older than [`MIN_COMPUTE_CAPABILITY`], or one that does not answer.
     pub fn open(ordinal: usize, budget_bytes: Option<u64>) -> Result<Self> {
-        let all = devices()?;
+        let info = check(&devices()?, ordinal)?.clone();
         let place = format!("cuda:{ordinal}");
-        let Some(info) = all.get(ordinal).cloned() else {
-            let list =
-                all.iter().map(|info| format!("cuda:{} {}", info.ordinal, info.name)).collect::<Vec<_>>();
-            let found = if list.is_empty() { "no device".to_owned() } else { list.join(", ") };
-            return Err(Error::new("no such CUDA device")
-                .at(place)
-                .expected("one of the devices of this machine")
-                .found(found)
-                .hint("CUDA_VISIBLE_DEVICES hides devices and renumbers the others"));
-        };
-        if info.compute_capability < MIN_COMPUTE_CAPABILITY {
-            let (major, minor) = info.compute_capability;
-            return Err(Error::new("the device is too old")
-                .at(place)
-                .expected("compute capability 8.0 or newer (A100, RTX 30 series and later)")
-                .found(format!("{} with {major}.{minor}", info.name))
-                .hint("--device cpu"));
-        }
         let open = || -> std::result::Result<_, DriverError> {
             let context = CudaContext::new(ordinal)?;
             // SAFETY: order between the two streams is kept by explicit events (see `memory`); cudarc's own

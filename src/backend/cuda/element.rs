@@ -33,6 +33,7 @@ elements! {
     u32: "u32", "u32";
     i64: "i64", "i64";
     Segment: "segment", "Segment";
+    SampleTile: "sample_tile", "SampleTile";
 }
 
 /// How the numbers of a tensor are stored. A kernel that takes several formats has an entry point for each.
@@ -82,3 +83,20 @@ pub struct Segment {
 unsafe impl bytemuck::Zeroable for Segment {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for Segment {}
+
+/// 64 rows of a sample, as `kernels/attention.cuh` declares them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SampleTile {
+    /// The sample's first row.
+    pub first_row: i32,
+    /// The sample's rows.
+    pub rows: i32,
+    /// Number of the tile in the sample.
+    pub tile: i32,
+}
+
+// SAFETY: three integers, without padding (12 bytes, aligned to 4), of which every bit pattern is valid.
+unsafe impl bytemuck::Zeroable for SampleTile {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for SampleTile {}

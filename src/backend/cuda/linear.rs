@@ -1,15 +1,18 @@
-//! Linear layers on the tensor cores: which kernel for which shape, and its launch.
+//! Linear layers: which kernel for which shape, and its launch. Operands (x, dy, weights) are all in one format:
+//! bfloat16, on the tensor cores, or float32.
 //!
 //! All kernels of one file add in the same order, and which file is taken depends on the layer's widths alone:
 //! an output's bits do not depend on how many other rows there are.
 
+mod fused;
 mod tile;
 
-use half::bf16;
+pub use fused::Exponentials;
+use tile::Operation;
 pub use tile::{Direction, Shape, Tile};
 
 use super::Cuda;
-use super::element::Real;
+use super::element::{Element, Format, Real};
 use super::launch::{Launch, TensorMap, int};
 use super::memory::Buf;
 use super::tensor_map::Swizzle;
@@ -20,23 +23,60 @@ const MAX_FEATURES: usize = 1 << 24;
 
 impl Shape {
     /// Of the product with a layer's weight, `[out, in]`, for so many rows.
-    fn of(rows: usize, weight: &Buf<bf16>) -> Self {
+    fn of<A: Element>(rows: usize, weight: &Buf<A>) -> Self {
         Self { rows, in_features: weight.width(), out_features: weight.rows() }
     }
 }
 
-/// What a product is made of besides the weight: each with its declaration, which differs by direction.
-struct Operands<'a, T> {
-    left: &'a Buf<bf16>,
-    left_pointer: &'static str,
-    left_map: &'static str,
-    added: Option<&'a Buf<f32>>,
-    added_pointer: &'static str,
-    result: &'a Buf<T>,
-    result_pointer: &'static str,
+/// A product: what is multiplied, and by which kernel.
+struct Product<'a, A> {
+    operation: Operation,
+    tile: Tile,
+    left: &'a Buf<A>,
+    weight: &'a Buf<A>,
+    /// Of the result, where the operation leaves a choice.
+    output: Format,
+}
+
+impl<A: Real> Product<'_, A> {
+    /// Its sizes.
+    ///
+    /// # Panics
+    ///
+    /// The operands do not match.
+    fn shape(&self) -> Shape {
+        let shape = Shape::of(self.left.rows(), self.weight);
+        match self.operation.direction() {
+            Direction::Forward => {
+                assert_eq!(self.left.width(), shape.in_features, "a linear layer's input and weight");
+            }
+            Direction::Backward => {
+                assert_eq!(
+                    self.left.width(),
+                    shape.out_features,
+                    "a linear layer's output gradient and weight"
+                );
+            }
+        }
+        shape
+    }
+}
+
+/// Checks an array's shape.
+///
+/// # Panics
+///
+/// It has another.
+fn assert_size<T: Element>(buf: &Buf<T>, rows: usize, width: usize, what: &str) {
+    assert_eq!((buf.rows(), buf.width()), (rows, width), "a linear layer's {what}");
 }
 
 impl Cuda {
+    /// The kernel for a layer.
+    fn tile<A: Real>(&self, direction: Direction, left: &Buf<A>, weight: &Buf<A>) -> Tile {
+        Tile::choose(&self.device.info, A::FORMAT, direction, Shape::of(left.rows(), weight))
+    }
+
     /// y = x · weightᵀ + bias. x `[N, in]` · weight `[out, in]` · bias `[1, out]` → y `[N, out]`
     ///
     /// # Errors
@@ -46,14 +86,13 @@ impl Cuda {
     /// # Panics
     ///
     /// The shapes do not match, or in or out are 0 or not below 2²⁴.
-    pub fn linear_forward<Y: Real>(
+    pub fn linear_forward<A: Real, Y: Real>(
         &self,
-        x: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        x: &Buf<A>,
+        weight: &Buf<A>,
         bias: Option<&Buf<f32>>,
     ) -> Result<Buf<Y>> {
-        let tile = Tile::choose(&self.device.info, Direction::Forward, Shape::of(x.rows(), weight));
-        self.linear_forward_with(tile, x, weight, bias)
+        self.linear_forward_with(self.tile(Direction::Forward, x, weight), x, weight, bias)
     }
 
     /// [`Cuda::linear_forward`] by a kernel of the caller's choice.
@@ -65,28 +104,20 @@ impl Cuda {
     /// # Panics
     ///
     /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
-    pub fn linear_forward_with<Y: Real>(
+    pub fn linear_forward_with<A: Real, Y: Real>(
         &self,
         tile: Tile,
-        x: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        x: &Buf<A>,
+        weight: &Buf<A>,
         bias: Option<&Buf<f32>>,
     ) -> Result<Buf<Y>> {
-        let shape = Shape::of(x.rows(), weight);
-        assert_eq!(x.width(), shape.in_features, "a linear layer's input and weight");
-        let bias_size = (1, shape.out_features);
-        assert!(bias.is_none_or(|bias| (bias.rows(), bias.width()) == bias_size), "a linear layer's bias");
-        let y = Buf::new(&self.device.memory, shape.rows, shape.out_features)?;
-        let operands = Operands {
-            left: x,
-            left_pointer: "const bf16* x",
-            left_map: "const TensorMap x",
-            added: bias,
-            added_pointer: "const float* bias",
-            result: &y,
-            result_pointer: Y::FORMAT.pick("float* y", "bf16* y"),
-        };
-        self.product(tile, Direction::Forward, shape, weight, operands)?;
+        let product = Product { operation: Operation::Forward, tile, left: x, weight, output: Y::FORMAT };
+        let Shape { rows, out_features, .. } = product.shape();
+        bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
+        let y = Buf::<Y>::new(&self.device.memory, rows, out_features)?;
+        self.product(&product, |launch| {
+            launch.arg("const float* bias", bias).arg(Y::FORMAT.pick("float* y", "bf16* y"), &y)
+        })?;
         Ok(y)
     }
 
@@ -100,14 +131,13 @@ impl Cuda {
     /// # Panics
     ///
     /// As there.
-    pub fn linear_backward(
+    pub fn linear_backward<A: Real>(
         &self,
-        dy: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
         dx: Option<Buf<f32>>,
     ) -> Result<Buf<f32>> {
-        let tile = Tile::choose(&self.device.info, Direction::Backward, Shape::of(dy.rows(), weight));
-        self.linear_backward_with(tile, dy, weight, dx)
+        self.linear_backward_with(self.tile(Direction::Backward, dy, weight), dy, weight, dx)
     }
 
     /// [`Cuda::linear_backward`] by a kernel of the caller's choice.
@@ -119,11 +149,11 @@ impl Cuda {
     /// # Panics
     ///
     /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
-    pub fn linear_backward_with(
+    pub fn linear_backward_with<A: Real>(
         &self,
         tile: Tile,
-        dy: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
         dx: Option<Buf<f32>>,
     ) -> Result<Buf<f32>> {
         let Some(dx) = dx else { return self.linear_backward_as_with(tile, dy, weight, None) };
@@ -141,14 +171,13 @@ impl Cuda {
     /// # Panics
     ///
     /// As there.
-    pub fn linear_backward_as<X: Real>(
+    pub fn linear_backward_as<A: Real, X: Real>(
         &self,
-        dy: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
         addend: Option<&Buf<f32>>,
     ) -> Result<Buf<X>> {
-        let tile = Tile::choose(&self.device.info, Direction::Backward, Shape::of(dy.rows(), weight));
-        self.linear_backward_as_with(tile, dy, weight, addend)
+        self.linear_backward_as_with(self.tile(Direction::Backward, dy, weight), dy, weight, addend)
     }
 
     /// [`Cuda::linear_backward_as`] by a kernel of the caller's choice.
@@ -160,11 +189,11 @@ impl Cuda {
     /// # Panics
     ///
     /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
-    pub fn linear_backward_as_with<X: Real>(
+    pub fn linear_backward_as_with<A: Real, X: Real>(
         &self,
         tile: Tile,
-        dy: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
         addend: Option<&Buf<f32>>,
     ) -> Result<Buf<X>> {
         let dx = Buf::new(&self.device.memory, dy.rows(), weight.width())?;
@@ -172,82 +201,94 @@ impl Cuda {
         Ok(dx)
     }
 
-    fn product_backward<X: Real>(
+    /// dx = dy · weight, where dx may be a view. dy `[N, out]` · weight `[out, in]` → dx `[N, in]`
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::linear_forward`].
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn linear_backward_into<A: Real>(
+        &self,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
+        dx: &mut Buf<f32>,
+    ) -> Result<()> {
+        assert_size(dx, dy.rows(), weight.width(), "input gradient");
+        self.product_backward(self.tile(Direction::Backward, dy, weight), dy, weight, None, dx)
+    }
+
+    fn product_backward<A: Real, X: Real>(
         &self,
         tile: Tile,
-        dy: &Buf<bf16>,
-        weight: &Buf<bf16>,
+        dy: &Buf<A>,
+        weight: &Buf<A>,
         addend: Option<&Buf<f32>>,
         dx: &Buf<X>,
     ) -> Result<()> {
-        let shape = Shape::of(dy.rows(), weight);
-        let size = (shape.rows, shape.in_features);
-        assert_eq!(dy.width(), shape.out_features, "a linear layer's output gradient and weight");
-        assert!(
-            addend.is_none_or(|addend| (addend.rows(), addend.width()) == size),
-            "a linear layer's input gradient so far"
-        );
-        let operands = Operands {
-            left: dy,
-            left_pointer: "const bf16* dy",
-            left_map: "const TensorMap dy",
-            added: addend,
-            added_pointer: "const float* addend",
-            result: dx,
-            result_pointer: X::FORMAT.pick("float* dx", "bf16* dx"),
-        };
-        self.product(tile, Direction::Backward, shape, weight, operands)
+        let product = Product { operation: Operation::Backward, tile, left: dy, weight, output: X::FORMAT };
+        let Shape { rows, in_features, .. } = product.shape();
+        addend.inspect(|addend| assert_size(addend, rows, in_features, "input gradient so far"));
+        self.product(&product, |launch| {
+            launch.arg("const float* addend", addend).arg(X::FORMAT.pick("float* dx", "bf16* dx"), dx)
+        })
     }
 
-    /// The callers have compared the operands' sizes with the shape.
-    fn product<T: Real>(
+    /// `arguments`: those between the operands and the sizes, whose arrays the caller has made for this shape.
+    fn product<A: Real>(
         &self,
-        tile: Tile,
-        direction: Direction,
-        shape: Shape,
-        weight: &Buf<bf16>,
-        operands: Operands<T>,
+        product: &Product<A>,
+        arguments: impl FnOnce(Launch<'_>) -> Launch<'_>,
     ) -> Result<()> {
+        let Product { operation, tile, left, weight, output } = *product;
+        let (direction, shape) = (operation.direction(), product.shape());
         let Shape { rows, in_features, out_features } = shape;
         let limits = 1..MAX_FEATURES;
         assert!(
             limits.contains(&in_features) && limits.contains(&out_features),
             "a layer's sizes: {shape:?}"
         );
-        assert!(tile.reads(direction, shape), "{tile:?} cannot read the rows of {shape:?}");
+        assert!(
+            tile.reads(A::FORMAT, direction, shape),
+            "{tile:?} cannot read the rows of {shape:?} in {}",
+            A::NAME
+        );
         let tiles = tile.count(direction, shape);
         // Kernels number tiles, and rows to the end of the last tile, by int.
         let _ = (int(tiles), int(rows.next_multiple_of(tile.size().0)));
         if tiles == 0 {
             return Ok(());
         }
-        let (file, name) = tile.entry::<T>(direction);
+        let (file, name) = tile.entry(operation, A::FORMAT, output);
         let kernel = self.kernel(file, name)?;
-        let Operands { left, left_pointer, left_map, added, added_pointer, result, result_pointer } =
-            operands;
+        let (threads, shared_bytes) = (tile.threads(A::FORMAT), tile.shared_bytes(A::FORMAT));
         let launch = if tile.has_maps() {
-            kernel.allow_shared_bytes(tile.shared_bytes())?;
-            let weight_rows = match direction {
-                Direction::Forward => tile.size().1,
-                Direction::Backward => 64,
+            kernel.allow_shared_bytes(shared_bytes)?;
+            let (left_map, weight_rows) = match direction {
+                Direction::Forward => ("const TensorMap x", tile.size().1),
+                Direction::Backward => ("const TensorMap dy", 64),
             };
             let blocks = tiles.min(self.device.info.multiprocessors as usize);
-            Launch::new(&kernel, blocks, tile.threads())
+            Launch::new(&kernel, blocks, threads)
                 .arg(left_map, TensorMap::of(left, tile.size().0 as u32, Swizzle::B128)?)
                 .arg("const TensorMap weight", TensorMap::of(weight, weight_rows as u32, Swizzle::B128)?)
         } else {
-            Launch::new(&kernel, tiles, tile.threads())
+            let left_pointer = match direction {
+                Direction::Forward => A::FORMAT.pick("const float* x", "const bf16* x"),
+                Direction::Backward => A::FORMAT.pick("const float* dy", "const bf16* dy"),
+            };
+            Launch::new(&kernel, tiles, threads)
                 .arg(left_pointer, left)
-                .arg("const bf16* weight", weight)
+                .arg(A::FORMAT.pick("const float* weight", "const bf16* weight"), weight)
         };
-        let launch = launch
-            .shared_bytes(tile.shared_bytes())
-            .arg(added_pointer, added)
-            .arg(result_pointer, result)
+        let launch = arguments(launch.shared_bytes(shared_bytes))
             .arg("int rows", int(rows))
             .arg("int in_features", int(in_features))
             .arg("int out_features", int(out_features));
-        // SAFETY: all shapes were compared, and the kernel can read rows that start where these do.
+        // SAFETY: the operands' sizes were compared, the kernel can read rows that start where these do, and the
+        // caller vouches for the other arrays.
         unsafe { launch.on(&self.device.compute) }
     }
 }

@@ -1,4 +1,4 @@
-//! Device memory within a budget, and pinned staging between host and device.
+//! Device memory within a budget.
 //!
 //! Memory comes from the driver's stream-ordered pool (`cuMemAllocAsync`), which keeps what is freed and hands
 //! it out again without a system call: an arena that the driver keeps, in which every buffer still has its own
@@ -10,15 +10,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, sys};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, sys};
 
 use super::device::driver_failed;
 use super::element::Element;
 use super::module::lock;
 use crate::error::{Error, Result};
-
-/// Bytes of one of the two pinned buffers through which large copies go.
-const STAGING_BYTES: usize = 16 << 20;
 
 /// What a device's memory is used for is counted here.
 #[derive(Debug)]
@@ -61,7 +58,7 @@ impl Drop for Reservation {
 pub struct Allocation {
     slice: CudaSlice<u8>,
     /// After the last copy into it by another stream.
-    arrived: Mutex<Option<Arc<CudaEvent>>>,
+    pub(super) arrived: Mutex<Option<Arc<CudaEvent>>>,
     _reservation: Reservation,
 }
 
@@ -184,117 +181,6 @@ fn keep_freed_memory(stream: &Arc<CudaStream>) -> std::result::Result<(), Driver
     }
 }
 
-/// Two pinned buffers through which host memory reaches the device while the host goes on.
-pub struct Staging {
-    stream: Arc<CudaStream>,
-    turns: Mutex<Turns>,
-}
-
-/// The buffers, used in turn.
-struct Turns {
-    buffers: [Staged; 2],
-    next: usize,
-}
-
-/// A copy on its way to the device.
-#[must_use = "a stream that uses what is copied must wait for it"]
-pub struct Upload(Arc<CudaEvent>);
-
-impl Upload {
-    /// Lets what is put into `stream` from now on see the copy. The host does not wait.
-    ///
-    /// # Errors
-    ///
-    /// The driver fails.
-    pub fn wait_on(self, stream: &CudaStream) -> Result<()> {
-        stream.wait(&self.0).map_err(|error| driver_failed("could not wait for a copy", error))
-    }
-}
-
-struct Staged {
-    pinned: PinnedHostSlice<u8>,
-    /// The last copy out of the buffer.
-    copied: Option<CudaEvent>,
-}
-
-impl Staging {
-    /// For copies on `stream`.
-    ///
-    /// # Errors
-    ///
-    /// The host has no memory to pin.
-    pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        let context = stream.context();
-        // SAFETY: bytes of any value are valid, and each is written before it is copied. Flags 0: not
-        // write-combined, which cudarc's default is and which reads (and some hosts' writes) crawl on.
-        let buffer = || unsafe { context.alloc_pinned_with_flags::<u8>(STAGING_BYTES, 0) };
-        let pair = buffer().and_then(|first| Ok([first, buffer()?]));
-        let pair = pair.map_err(|error| driver_failed("could not pin host memory", error))?;
-        let buffers = pair.map(|pinned| Staged { pinned, copied: None });
-        Ok(Self { stream: Arc::clone(stream), turns: Mutex::new(Turns { buffers, next: 0 }) })
-    }
-
-    /// Copies `bytes` to the start of `target`, after `ready`: an event of the compute stream by which the target
-    /// was allocated and its last reader is through. Returns when the last piece is on its way; kernels see it
-    /// after [`Upload::wait_on`]. The target may be dropped at any time: it is freed after the copy.
-    ///
-    /// # Errors
-    ///
-    /// `target` is too small, or the driver fails.
-    pub fn upload(&self, bytes: &[u8], target: &Allocation, ready: &CudaEvent) -> Result<Upload> {
-        if bytes.len() > target.len() {
-            return Err(Error::new("a copy to the device is larger than its target")
-                .expected(format!("at most {} bytes", target.len()))
-                .found(bytes.len()));
-        }
-        let mut turns = lock(&self.turns);
-        let mut arrived = lock(&target.arrived);
-        let mut send = || -> std::result::Result<CudaEvent, DriverError> {
-            self.stream.wait(ready)?;
-            if let Some(before) = &*arrived {
-                self.stream.wait(before)?;
-            }
-            for (start, bytes) in (0..).step_by(STAGING_BYTES).zip(bytes.chunks(STAGING_BYTES)) {
-                let turn = turns.next;
-                turns.next = (turn + 1) % turns.buffers.len();
-                let staged = &mut turns.buffers[turn];
-                if let Some(copied) = staged.copied.take() {
-                    copied.synchronize()?;
-                }
-                let pinned = staged.pinned.as_mut_ptr()?;
-                // SAFETY: the buffer is STAGING_BYTES long and no copy out of it is under way; the target was
-                // checked to be large enough, and is not freed before the event below; the pinned source lives
-                // as long as `self`.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), pinned, bytes.len());
-                    let source = pinned.cast_const().cast();
-                    let target = target.address() + start as u64;
-                    sys::cuMemcpyHtoDAsync_v2(target, source, bytes.len(), self.stream.cu_stream())
-                        .result()?;
-                }
-                staged.copied = Some(self.stream.record_event(None)?);
-            }
-            self.stream.record_event(None)
-        };
-        let sent = send().map_err(|error| {
-            // Pieces without an event may be on their way.
-            let _ = self.stream.synchronize();
-            driver_failed("could not copy to the device", error)
-        })?;
-        let sent = Arc::new(sent);
-        // Each copy waited for the one before: the last event stands for all.
-        *arrived = Some(Arc::clone(&sent));
-        Ok(Upload(sent))
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // The buffers are unpinned next: no copy may still read them.
-        let _ = self.stream.synchronize();
-    }
-}
-
 /// A row-major array on the device, `[rows, width]`, or neighbouring rows of one: views share its memory, which is
 /// freed after the last of them.
 pub struct Buf<T> {
@@ -350,6 +236,22 @@ impl<T: Element> Buf<T> {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         let start = self.start + rows.start * self.width;
         Self { allocation: Arc::clone(&self.allocation), start, rows: rows.len(), ..*self }
+    }
+
+    /// These elements of the only row, in the same memory.
+    ///
+    /// # Panics
+    ///
+    /// There are no such elements, or more rows.
+    pub fn elements(&self, range: Range<usize>) -> Self {
+        assert!(self.rows == 1 && range.start <= range.end && range.end <= self.width, "elements {range:?}");
+        let (start, width) = (self.start + range.start, range.len());
+        Self { allocation: Arc::clone(&self.allocation), start, width, ..*self }
+    }
+
+    /// All rows, in the same memory.
+    pub fn share(&self) -> Self {
+        self.view(0..self.rows)
     }
 
     /// A copy on the device, in the order of `memory`'s stream.

@@ -7,24 +7,43 @@
 //! One file here per file of `kernels/`, with the same name: it knows the grid, the block and the shared memory
 //! of its kernels, and repeats each parameter beside its argument.
 
+mod activation;
+pub mod attention;
+mod backend;
+mod chunk;
+mod cross_entropy;
 pub mod device;
 pub mod element;
+pub mod elementwise;
+pub mod embed;
+mod fused;
 pub mod launch;
 pub mod linear;
+pub mod loss;
+mod lower;
 pub mod memory;
 pub mod module;
 pub mod norm;
 pub mod nvrtc;
+pub mod rope;
+mod rows;
 pub mod sources;
+pub mod staging;
 pub mod stats;
+mod tensor;
 pub mod tensor_map;
+mod weights;
 
+pub use activation::Activation;
+pub use backend::CudaBackend;
 pub use device::{Device, DeviceInfo, DeviceName, devices};
 pub use element::{Element, Format, Real};
+pub use lower::{CudaLower, Fused};
 pub use memory::{Buf, Memory};
 pub use module::{Kernel, ModuleSpec, Modules};
 pub use nvrtc::{Code, Nvrtc};
 pub use sources::Sources;
+pub use tensor::Tensor;
 
 use std::sync::Arc;
 

@@ -23,11 +23,24 @@ impl Sources {
     pub fn embedded() -> Self {
         Self {
             files: vec![
+                kernel_file!("attention.cu"),
+                kernel_file!("attention.cuh"),
+                kernel_file!("attention_any.cu"),
+                kernel_file!("activation.cuh"),
+                kernel_file!("attention_backward.cu"),
+                kernel_file!("attention_mma.cuh"),
                 kernel_file!("common.cuh"),
+                kernel_file!("elementwise.cu"),
+                kernel_file!("embed.cu"),
+                kernel_file!("epilogue.cuh"),
                 kernel_file!("hopper.cuh"),
                 kernel_file!("linear.cu"),
+                kernel_file!("linear_f32.cu"),
                 kernel_file!("linear_sm90.cu"),
+                kernel_file!("loss.cu"),
                 kernel_file!("norm.cu"),
+                kernel_file!("rope.cu"),
+                kernel_file!("rows.cuh"),
                 kernel_file!("stats.cu"),
             ],
         }

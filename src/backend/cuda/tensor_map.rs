@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 
 use cudarc::driver::sys;
-use half::bf16;
 
 use super::device::driver_failed;
+use super::element::Real;
 use super::launch::TensorMap;
 use super::memory::Buf;
 use crate::error::Result;
 
-/// Elements of a box's row: 128 bytes, the span of the kernels' swizzle.
+/// Elements of a box's row: 128 bytes of bfloat16, the span of the kernels' swizzle.
 pub const BOX_WIDTH: u32 = 64;
 
 /// In which order a box's 16-byte chunks lie in shared memory.
@@ -31,9 +31,9 @@ impl TensorMap {
     /// # Errors
     ///
     /// The driver refuses the sizes.
-    pub fn of(matrix: &Buf<bf16>, box_rows: u32, swizzle: Swizzle) -> Result<Self> {
+    pub fn of<T: Real>(matrix: &Buf<T>, box_rows: u32, swizzle: Swizzle) -> Result<Self> {
         let sizes = [matrix.width() as u64, matrix.rows() as u64];
-        let row_bytes = [matrix.width() as u64 * 2];
+        let row_bytes = [(matrix.width() * size_of::<T>()) as u64];
         let box_sizes = [BOX_WIDTH, box_rows];
         let steps = [1_u32; 2];
         let swizzle = match swizzle {
@@ -47,7 +47,10 @@ impl TensorMap {
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map.words).cast(),
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                T::FORMAT.pick(
+                    sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                    sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                ),
                 2,
                 matrix.address() as *mut c_void,
                 sizes.as_ptr(),

@@ -17,10 +17,12 @@ pub fn cases() -> Vec<Case> {
         round_to_bf16(),
         pack_pairs(),
         widen_pairs(),
+        approximate(),
         sums("warp_sum", "sum_of_warp", 64, 32),
         sums("block_sum_1", "sum_of_1_warp", 32, 32),
         sums("block_sum_8", "sum_of_8_warps", 256, 256),
         copy_part_of_16(),
+        copy_words(),
         wait_for_groups(),
         load_matrices("ldmatrix_x4", "load_matrices_plain", false),
         load_matrices("ldmatrix_x4_trans", "load_matrices_trans", true),
@@ -149,6 +151,39 @@ fn round_to_bf16() -> Case {
     }
 }
 
+/// Where the PTX ISA says what the approximations give: 2^x and 1/x at the ends of the range, beyond, and at 0.
+fn approximate() -> Case {
+    let infinity = f32::INFINITY;
+    let table = [
+        (0.0, 1.0, infinity),
+        (-0.0, 1.0, -infinity),
+        (infinity, infinity, 0.0),
+        (-infinity, 0.0, -0.0),
+        (1000.0, infinity, 1e-3_f32),
+        (-1000.0, 0.0, -1e-3_f32),
+    ];
+    // What is within the range is right to a unit or two: only the leading bits are compared.
+    let leading = |word: u32| word >> 8 << 8;
+    let x: Vec<f32> = table.iter().map(|(x, _, _)| *x).collect();
+    Case {
+        name: "approximate",
+        expected: table
+            .iter()
+            .flat_map(|(_, power, reciprocal)| [power, reciprocal])
+            .map(|v| leading(v.to_bits()))
+            .collect(),
+        at: at("approximate", 1, 128),
+        run: Box::new(move |machine, at| {
+            let given = upload(machine, &x)?;
+            let found = at.launch(machine, 2 * x.len(), |out| {
+                let len = Value::from(x.len() as i32);
+                vec![("const float* x", floats(Value::from(&given))), ("u32* out", out), ("int len", len)]
+            })?;
+            Ok(found.into_iter().map(leading).collect())
+        }),
+    }
+}
+
 fn pack_pairs() -> Case {
     let x = hard_to_round();
     let packed = x.chunks(2).map(|x| pair(nearest_bf16(x[0]), nearest_bf16(x[1])));
@@ -183,6 +218,8 @@ fn widen_pairs() -> Case {
         }),
     }
 }
+
+// ---- functions ---------------------------------------------------------------------------------------
 
 // ---- sums --------------------------------------------------------------------------------------------
 
@@ -224,6 +261,19 @@ fn copy_part_of_16() -> Case {
             at.launch(machine, 17 * 4, |out| {
                 vec![("const u32* source", Value::from(&given)), ("u32* out", out)]
             })
+        }),
+    }
+}
+
+fn copy_words() -> Case {
+    let source: Vec<u32> = (1..=32).collect();
+    Case {
+        name: "cp_async_4",
+        expected: source.iter().rev().map(|word| if word % 2 == 1 { *word } else { 0 }).collect(),
+        at: at("copy_words", 1, 32),
+        run: Box::new(move |machine, at| {
+            let given = upload(machine, &source)?;
+            at.launch(machine, 32, |out| vec![("const u32* source", Value::from(&given)), ("u32* out", out)])
         }),
     }
 }

@@ -29,6 +29,20 @@ const MISTAKES: &[Mistake] = &[
         cases: &["pack_bf16"],
     },
     Mistake {
+        name: "a logarithm for a power",
+        file: "common.cuh",
+        from: "ex2.approx.ftz.f32",
+        to: "lg2.approx.ftz.f32",
+        cases: &["approximate"],
+    },
+    Mistake {
+        name: "a root for a reciprocal",
+        file: "common.cuh",
+        from: "rcp.approx.ftz.f32",
+        to: "sqrt.approx.ftz.f32",
+        cases: &["approximate"],
+    },
+    Mistake {
         name: "a step of the warp's sum lost",
         file: "common.cuh",
         from: "for (int lanes = 16; lanes > 0;",
@@ -41,6 +55,13 @@ const MISTAKES: &[Mistake] = &[
         from: "[%0], [%1], 16, %2;",
         to: "[%0], [%1], 16;",
         cases: &["cp_async_16"],
+    },
+    Mistake {
+        name: "source size of cp.async of 4 bytes lost",
+        file: "common.cuh",
+        from: "[%0], [%1], 4, %2;",
+        to: "[%0], [%1], 4;",
+        cases: &["cp_async_4"],
     },
     Mistake {
         name: "one group more may be under way",

@@ -21,6 +21,16 @@ extern "C" __global__ void __launch_bounds__(128) widen_pairs(const u32* pairs, 
   out[3 * i + 2] = __float_as_uint(to_float(bf16{(u16)pairs[i]}));
 }
 
+// ---- functions
+
+// Of each number: 2^x and 1/x.
+extern "C" __global__ void __launch_bounds__(128) approximate(const float* x, u32* out, int len) {
+  const int i = blockIdx.x * 128 + threadIdx.x;
+  if (i >= len) return;
+  out[2 * i] = __float_as_uint(exp2_approximate(x[i]));
+  out[2 * i + 1] = __float_as_uint(reciprocal_approximate(x[i]));
+}
+
 // ---- sums
 
 extern "C" __global__ void __launch_bounds__(64) sum_of_warp(const float* x, float* out) {
@@ -51,6 +61,17 @@ extern "C" __global__ void __launch_bounds__(32) copy_part_of_16(const u32* sour
   cp_async_wait<0>();
   __syncthreads();
   for (int i = threadIdx.x; i < 17 * 4; i += 32) out[i] = copied[i];
+}
+// Even threads copy a word, odd ones ask for none of it. All words of the destination were ones before.
+extern "C" __global__ void __launch_bounds__(32) copy_words(const u32* source, u32* out) {
+  __shared__ u32 copied[32];
+  copied[threadIdx.x] = 0xffffffffu;
+  __syncthreads();
+  cp_async_4(shared_address(copied + threadIdx.x), source + threadIdx.x, threadIdx.x % 2 == 0 ? 4 : 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = copied[31 - threadIdx.x];
 }
 // Each thread: three groups of a chunk; two are read when one may be under way, the third in the end.
 extern "C" __global__ void __launch_bounds__(32) wait_for_groups(const u32* source, u32* out) {

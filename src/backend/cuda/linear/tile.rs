@@ -1,7 +1,7 @@
 //! Which kernel for which product.
 
 use crate::backend::cuda::device::DeviceInfo;
-use crate::backend::cuda::element::Real;
+use crate::backend::cuda::element::Format;
 
 /// Which of a layer's two products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,6 +10,27 @@ pub enum Direction {
     Forward,
     /// From the outputs' gradient to the inputs'.
     Backward,
+}
+
+/// What is computed: a product, and what becomes of its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Forward,
+    Add,
+    Gated,
+    Exponentials,
+    Backward,
+    GatedBackward,
+}
+
+impl Operation {
+    /// Of its product.
+    pub(super) fn direction(self) -> Direction {
+        match self {
+            Self::Forward | Self::Add | Self::Gated | Self::Exponentials => Direction::Forward,
+            Self::Backward | Self::GatedBackward => Direction::Backward,
+        }
+    }
 }
 
 /// Sizes of a layer's product.
@@ -23,7 +44,8 @@ pub struct Shape {
     pub out_features: usize,
 }
 
-/// The kernels: what part of the output a block computes, and with which instructions.
+/// The kernels: what part of the output a block computes, and with which instructions. For float32 operands
+/// `linear_f32.cu` has the first three.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tile {
     /// 128×128, mma.sync.
@@ -38,12 +60,25 @@ pub enum Tile {
     Wide,
 }
 
+/// An operation's entry points by tile, in the order of [`Tile`].
+macro_rules! names {
+    ($operation:literal $(, $end:literal)?) => {
+        [
+            concat!("linear_", $operation $(, $end)?),
+            concat!("linear_", $operation, "_small" $(, $end)?),
+            concat!("linear_", $operation, "_unaligned" $(, $end)?),
+            concat!("linear_", $operation, "_sm90" $(, $end)?),
+            concat!("linear_", $operation, "_sm90_wide" $(, $end)?),
+        ]
+    };
+}
+
 impl Tile {
-    /// The kernel for a product.
-    pub fn choose(info: &DeviceInfo, direction: Direction, shape: Shape) -> Self {
-        let tiles: &[Self] = match info.compute_capability {
-            _ if !Self::Small.reads(direction, shape) => &[Self::Unaligned],
-            (9, 0) => &[Self::Wide, Self::Narrow],
+    /// The kernel for a product of operands in `format`.
+    pub fn choose(info: &DeviceInfo, format: Format, direction: Direction, shape: Shape) -> Self {
+        let tiles: &[Self] = match (format, info.compute_capability) {
+            _ if !Self::Small.reads(format, direction, shape) => &[Self::Unaligned],
+            (Format::Bf16, (9, 0)) => &[Self::Wide, Self::Narrow],
             _ => &[Self::Large, Self::Small],
         };
         let time = |tile: &Self| tile.time(direction, shape, info.multiprocessors);
@@ -52,12 +87,14 @@ impl Tile {
     }
 
     /// Whether the kernel can read a product's rows: all but one fetch 16 bytes at a time.
-    pub fn reads(self, direction: Direction, shape: Shape) -> bool {
+    pub fn reads(self, format: Format, direction: Direction, shape: Shape) -> bool {
         let Shape { in_features, out_features, .. } = shape;
+        let vector = format.pick(4, 8);
         match (self, direction) {
+            (Self::Narrow | Self::Wide, _) if format == Format::F32 => false,
             (Self::Unaligned, _) => true,
-            (_, Direction::Forward) => in_features % 8 == 0,
-            (_, Direction::Backward) => in_features % 8 == 0 && out_features % 8 == 0,
+            (_, Direction::Forward) => in_features % vector == 0,
+            (_, Direction::Backward) => in_features % vector == 0 && out_features % vector == 0,
         }
     }
 
@@ -90,17 +127,19 @@ impl Tile {
     }
 
     /// Threads of a block.
-    pub(super) fn threads(self) -> u32 {
+    pub(super) fn threads(self, format: Format) -> u32 {
         match self {
-            Self::Large | Self::Small | Self::Unaligned => 128,
+            Self::Large => format.pick(256, 128),
+            Self::Small | Self::Unaligned => 128,
             Self::Narrow | Self::Wide => 384,
         }
     }
 
     /// Dynamic shared memory of a block: stages of both operands in bfloat16, and two barriers a stage where
-    /// there are any.
-    pub(super) fn shared_bytes(self) -> u32 {
+    /// there are any. The kernels of float32 need none.
+    pub(super) fn shared_bytes(self, format: Format) -> u32 {
         match self {
+            _ if format == Format::F32 => 0,
             Self::Large => 3 * (128 + 128) * 32 * 2,
             Self::Small | Self::Unaligned => 3 * (64 + 64) * 64 * 2,
             Self::Narrow => 6 * ((128 + 128) * 64 * 2 + 2 * 8),
@@ -108,31 +147,28 @@ impl Tile {
         }
     }
 
-    /// The kernel's file and name.
-    pub(super) fn entry<Y: Real>(self, direction: Direction) -> (&'static str, &'static str) {
-        let names = match (direction, self) {
-            (Direction::Forward, Self::Large) => ["linear_forward_f32", "linear_forward_bf16"],
-            (Direction::Forward, Self::Small) => ["linear_forward_small_f32", "linear_forward_small_bf16"],
-            (Direction::Forward, Self::Unaligned) => {
-                ["linear_forward_unaligned_f32", "linear_forward_unaligned_bf16"]
-            }
-            (Direction::Forward, Self::Narrow) => ["linear_forward_sm90_f32", "linear_forward_sm90_bf16"],
-            (Direction::Forward, Self::Wide) => {
-                ["linear_forward_sm90_wide_f32", "linear_forward_sm90_wide_bf16"]
-            }
-            (Direction::Backward, Self::Large) => ["linear_backward_f32", "linear_backward_bf16"],
-            (Direction::Backward, Self::Small) => ["linear_backward_small_f32", "linear_backward_small_bf16"],
-            (Direction::Backward, Self::Unaligned) => {
-                ["linear_backward_unaligned_f32", "linear_backward_unaligned_bf16"]
-            }
-            (Direction::Backward, Self::Narrow) => ["linear_backward_sm90_f32", "linear_backward_sm90_bf16"],
-            (Direction::Backward, Self::Wide) => {
-                ["linear_backward_sm90_wide_f32", "linear_backward_sm90_wide_bf16"]
-            }
+    /// The kernel's file and name, for operands and an output of these formats. Most operations leave no choice of
+    /// the latter.
+    pub(super) fn entry(
+        self,
+        operation: Operation,
+        operands: Format,
+        output: Format,
+    ) -> (&'static str, &'static str) {
+        let names = match operation {
+            Operation::Forward => output.pick(names!("forward", "_f32"), names!("forward", "_bf16")),
+            Operation::Add => names!("add"),
+            Operation::Gated => names!("gated"),
+            Operation::Exponentials => names!("exponentials"),
+            Operation::Backward => output.pick(names!("backward", "_f32"), names!("backward", "_bf16")),
+            Operation::GatedBackward => names!("gated_backward"),
         };
-        let file = if self.has_maps() { "linear_sm90.cu" } else { "linear.cu" };
-        let [f32, bf16] = names;
-        (file, Y::FORMAT.pick(f32, bf16))
+        let file = match operands {
+            Format::F32 => "linear_f32.cu",
+            Format::Bf16 if self.has_maps() => "linear_sm90.cu",
+            Format::Bf16 => "linear.cu",
+        };
+        (file, names[self as usize])
     }
 
     /// Whether the operands are fetched by the copy engine.
@@ -165,7 +201,7 @@ mod tests {
         let [rows, in_features, out_features] = sizes;
         let multiprocessors = if compute_capability == (9, 0) { 132 } else { 108 };
         let shape = Shape { rows, in_features, out_features };
-        Tile::choose(&device(compute_capability, multiprocessors), direction, shape)
+        Tile::choose(&device(compute_capability, multiprocessors), Format::Bf16, direction, shape)
     }
 
     #[test]
@@ -194,7 +230,8 @@ mod tests {
             for (in_features, out_features) in [(8, 8), (8, 9), (9, 8), (9, 9), (896, 4864)] {
                 for capability in [(8, 0), (9, 0)] {
                     let tile = chosen(capability, direction, [100, in_features, out_features]);
-                    assert!(tile.reads(direction, Shape { rows: 100, in_features, out_features }));
+                    let shape = Shape { rows: 100, in_features, out_features };
+                    assert!(tile.reads(Format::Bf16, direction, shape));
                 }
             }
         }
@@ -205,6 +242,22 @@ mod tests {
         for rows in [1, 64, 1000, 100_000] {
             assert!(chosen((9, 0), Direction::Forward, [rows, 896, 4864]).has_maps());
             assert!(!chosen((8, 6), Direction::Forward, [rows, 896, 4864]).has_maps());
+        }
+    }
+
+    #[test]
+    fn float32_has_the_same_tiles_everywhere() {
+        for capability in [(8, 0), (9, 0)] {
+            let of = |rows, in_features, out_features| {
+                let shape = Shape { rows, in_features, out_features };
+                let device = device(capability, 132);
+                [Direction::Forward, Direction::Backward]
+                    .map(|direction| Tile::choose(&device, Format::F32, direction, shape))
+            };
+            assert_eq!(of(8192, 4096, 4096), [Tile::Large; 2]);
+            assert_eq!(of(100, 896, 900), [Tile::Small; 2]);
+            assert_eq!(of(100, 896, 897), [Tile::Small, Tile::Unaligned]);
+            assert_eq!(of(100, 898, 896), [Tile::Unaligned; 2]);
         }
     }
 }

@@ -1,0 +1,394 @@
+//! The CUDA device as a [`Backend`]: each op of the list by itself, and the way to the fused ones.
+//!
+//! Formats in bfloat16: what products read (the outputs of norms, attention and gating, and weights) is bfloat16, the
+//! residual stream, what is added to it and all gradients of it are float32. A tensor in the other format is converted.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::{CudaEvent, sys};
+
+use super::chunk::PlacedChunk;
+use super::device::driver_failed;
+use super::fused::wide;
+use super::lower::{CudaLower, Fused};
+use super::module::lock;
+use super::norm::NormSpec;
+use super::rope::{RopeTable, Rotation};
+use super::staging::Staging;
+use super::stats::{DeviceMoments, FiniteCheck};
+use super::tensor::typed;
+use super::weights::Room;
+use super::{Buf, Cuda, CudaSpec, Format, Tensor};
+use crate::backend::{Appetite, Backend, Chunk, Lower, Moments, NonFinite, OnTap, Scope};
+use crate::error::Result;
+use crate::model::op::{Attention, Block};
+use crate::model::{self, Activation, Packing, Program, Spec, Usage};
+
+/// A device that runs models.
+pub struct CudaBackend {
+    pub(super) cuda: Cuda,
+    pub(super) lower: CudaLower,
+    pub(super) staging: Staging,
+    /// The longest table so far: passes ask for much the same.
+    rope: Mutex<Option<Arc<RopeTable>>>,
+}
+
+/// Nats of each row, on the device, and which rows are a sample's.
+pub struct DeviceNats {
+    nats: Buf<f32>,
+    samples: Vec<Range<usize>>,
+}
+
+impl CudaBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// As [`Cuda::open`], or the host has no memory to pin.
+    pub fn open(spec: CudaSpec, lower: CudaLower) -> Result<Self> {
+        Self::new(Cuda::open(spec)?, lower)
+    }
+
+    /// On an open device.
+    ///
+    /// # Errors
+    /// The host has no memory to pin.
+    pub fn new(cuda: Cuda, lower: CudaLower) -> Result<Self> {
+        let staging = Staging::new(&cuda.device.transfer)?;
+        Ok(Self { cuda, lower, staging, rope: Mutex::default() })
+    }
+
+    /// The device.
+    pub fn cuda(&self) -> &Cuda {
+        &self.cuda
+    }
+
+    /// x as products read it.
+    fn operand(&self, x: &Tensor) -> Result<Tensor> {
+        x.to(self.lower.format, &self.cuda)
+    }
+
+    /// q, k and v in one buffer, as attention reads them.
+    fn pack(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        let width = qkv.iter().map(|part| part.width()).sum();
+        let memory = &self.cuda.device.memory;
+        let mut packed: Tensor = match self.lower.format {
+            Format::F32 => Buf::<f32>::new(memory, qkv[0].rows(), width)?.into(),
+            Format::Bf16 => Buf::<half::bf16>::new(memory, qkv[0].rows(), width)?.into(),
+        };
+        let mut column = 0;
+        for part in qkv {
+            let (cuda, width) = (&self.cuda, part.width());
+            typed!(part, from => typed!(&mut packed, to => cuda.copy_columns(from, 0..width, to, column)))?;
+            column += width;
+        }
+        Ok(packed)
+    }
+
+    /// `dx`, if there is something so far, and `more`, which is float32.
+    fn sum(&self, dx: Option<Tensor>, more: Buf<f32>) -> Result<Tensor> {
+        let Some(dx) = dx else { return Ok(more.into()) };
+        let mut dx = dx.wide(&self.cuda)?;
+        self.cuda.add_in_place(&mut dx, &more)?;
+        Ok(dx.into())
+    }
+
+    fn norm_spec(eps: f64) -> NormSpec {
+        NormSpec { eps: eps as f32, weight_offset: 0.0 }
+    }
+
+    fn attend_packed(
+        &self,
+        qkv: &Tensor,
+        attention: &Attention,
+        chunk: &PlacedChunk,
+    ) -> Result<(Tensor, Buf<f32>)> {
+        typed!(qkv, qkv => {
+            let (out, lse) = self.cuda.attention_forward(qkv, &attention.spec(), &chunk.work)?;
+            Ok((out.into(), lse))
+        })
+    }
+}
+
+impl Lower for CudaBackend {
+    type Fused = Fused;
+
+    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Fused> {
+        self.lower.lower(spec, usages)
+    }
+
+    fn appetite(&self, gradients: bool) -> Appetite {
+        self.lower.appetite(gradients)
+    }
+
+    fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
+        self.lower.slot_bytes(block)
+    }
+
+    fn weight_bytes(&self, shapes: &[&[usize]]) -> u64 {
+        self.lower.weight_bytes(shapes)
+    }
+
+    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
+        self.lower.loss_workspace_bytes(vocab_size, hidden_size, tokens)
+    }
+
+    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64 {
+        self.lower.product_workspace_bytes(width, tokens)
+    }
+}
+
+impl Backend for CudaBackend {
+    type Buf = Tensor;
+    type Weight = Tensor;
+    type Room = Room;
+    type Rope = Arc<RopeTable>;
+    type Chunk = PlacedChunk;
+    type Moments = DeviceMoments;
+    type Finite = FiniteCheck;
+    type Nats = DeviceNats;
+    type Mark = CudaEvent;
+
+    fn mark(&self) -> Result<CudaEvent> {
+        let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let event = self.cuda.device.compute.record_event(timed);
+        event.map_err(|error| driver_failed("could not mark a moment", error))
+    }
+
+    fn seconds_between(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64> {
+        let elapsed = from.elapsed_ms(to);
+        Ok(f64::from(elapsed.map_err(|error| driver_failed("could not tell a time", error))?) / 1e3)
+    }
+
+    fn room(&self, tensors: &[&model::Tensor]) -> Result<Room> {
+        self.make_room(tensors)
+    }
+
+    fn load(&self, room: Room, tensors: &[&model::Tensor], packing: Packing) -> Result<Tensor> {
+        self.fill(room, tensors, packing)
+    }
+
+    fn place(&self, chunk: Chunk) -> Result<PlacedChunk> {
+        PlacedChunk::new(&self.cuda, chunk)
+    }
+
+    fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Result<Arc<RopeTable>> {
+        let mut kept = lock(&self.rope);
+        match &*kept {
+            Some(table) if table.positions() >= positions => Ok(Arc::clone(table)),
+            _ => {
+                let table = Arc::new(self.cuda.rope_table(inv_freq, positions)?);
+                *kept = Some(Arc::clone(&table));
+                Ok(table)
+            }
+        }
+    }
+
+    fn embed(&self, table: &Tensor, chunk: &PlacedChunk) -> Result<Tensor> {
+        Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids)?).into())
+    }
+
+    fn norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let (x, spec) = (x.wide(&self.cuda)?, Self::norm_spec(eps));
+        Ok(match self.lower.format {
+            Format::F32 => self.cuda.norm::<f32>(&x, wide(weight), spec)?.into(),
+            Format::Bf16 => self.cuda.norm::<half::bf16>(&x, wide(weight), spec)?.into(),
+        })
+    }
+
+    fn norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f64,
+        dy: &Tensor,
+        dx: Option<Tensor>,
+    ) -> Result<Tensor> {
+        let x = x.wide(&self.cuda)?;
+        let dx = dx.map(|dx| dx.wide(&self.cuda)).transpose()?;
+        let (weight, spec) = (wide(weight), Self::norm_spec(eps));
+        Ok(typed!(dy, dy => self.cuda.norm_backward(&x, weight, spec, dy, dx)?).into())
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let bias = bias.map(wide);
+        Ok(match (self.operand(x)?, weight) {
+            (Tensor::Bf16(x), Tensor::Bf16(weight)) => {
+                self.cuda.linear_forward::<_, f32>(&x, weight, bias)?
+            }
+            (x, weight) => self.cuda.linear_forward::<_, f32>(wide(&x), wide(weight), bias)?,
+        }
+        .into())
+    }
+
+    fn linear_backward(&self, weight: &Tensor, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+        let dx = dx.map(|dx| dx.wide(&self.cuda)).transpose()?;
+        Ok(match (self.operand(dy)?, weight) {
+            (Tensor::Bf16(dy), Tensor::Bf16(weight)) => self.cuda.linear_backward(&dy, weight, dx)?,
+            (dy, weight) => self.cuda.linear_backward(wide(&dy), wide(weight), dx)?,
+        }
+        .into())
+    }
+
+    fn rope(&self, x: &Tensor, heads: usize, table: &Arc<RopeTable>, chunk: &PlacedChunk) -> Result<Tensor> {
+        let mut y = x.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
+        self.cuda.rope_in_place(&mut y, heads, table, &chunk.positions, Rotation::Forward)?;
+        Ok(y.into())
+    }
+
+    fn rope_backward(
+        &self,
+        dy: &Tensor,
+        heads: usize,
+        table: &Arc<RopeTable>,
+        chunk: &PlacedChunk,
+        dx: Option<Tensor>,
+    ) -> Result<Tensor> {
+        let mut more = dy.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
+        self.cuda.rope_in_place(&mut more, heads, table, &chunk.positions, Rotation::Backward)?;
+        self.sum(dx, more)
+    }
+
+    fn attend(&self, qkv: [&Tensor; 3], attention: &Attention, chunk: &PlacedChunk) -> Result<Tensor> {
+        Ok(self.attend_packed(&self.pack(qkv)?, attention, chunk)?.0)
+    }
+
+    fn attend_backward(
+        &self,
+        qkv: [&Tensor; 3],
+        attention: &Attention,
+        chunk: &PlacedChunk,
+        dout: &Tensor,
+        dqkv: [Option<Tensor>; 3],
+    ) -> Result<[Tensor; 3]> {
+        let widths = qkv.map(Tensor::width);
+        let packed = self.pack(qkv)?;
+        // By itself the op keeps neither its output nor the denominators: once more.
+        let (out, lse) = self.attend_packed(&packed, attention, chunk)?;
+        let (spec, work, dout) = (attention.spec(), &chunk.work, self.operand(dout)?);
+        let packed: Tensor = match (&packed, &out, &dout) {
+            (Tensor::Bf16(qkv), Tensor::Bf16(out), Tensor::Bf16(dout)) => {
+                self.cuda.attention_backward(qkv, out, &lse, dout, &spec, work)?.into()
+            }
+            (qkv, out, dout) => {
+                self.cuda.attention_backward(wide(qkv), wide(out), &lse, wide(dout), &spec, work)?.into()
+            }
+        };
+        let mut column = 0;
+        let mut part = |dx: Option<Tensor>, width: usize| -> Result<Tensor> {
+            let (cuda, place) = (&self.cuda, column..column + width);
+            column = place.end;
+            let dx = match dx {
+                Some(dx) => {
+                    let mut dx = dx.wide(cuda)?;
+                    typed!(&packed, packed => cuda.add_columns(packed, place, &mut dx, 0))?;
+                    dx
+                }
+                None => {
+                    let mut dx = Buf::<f32>::new(&cuda.device.memory, packed.rows(), width)?;
+                    typed!(&packed, packed => cuda.copy_columns(packed, place, &mut dx, 0))?;
+                    dx
+                }
+            };
+            Ok(dx.into())
+        };
+        let [dq, dk, dv] = dqkv;
+        Ok([part(dq, widths[0])?, part(dk, widths[1])?, part(dv, widths[2])?])
+    }
+
+    fn gate(&self, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (gate, up) = (gate.wide(&self.cuda)?, up.wide(&self.cuda)?);
+        Ok(match self.lower.format {
+            Format::F32 => self.cuda.gate::<f32>(&gate, &up, activation.into())?.into(),
+            Format::Bf16 => self.cuda.gate::<half::bf16>(&gate, &up, activation.into())?.into(),
+        })
+    }
+
+    fn gate_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+        dout: &Tensor,
+        dgate_dup: [Option<Tensor>; 2],
+    ) -> Result<[Tensor; 2]> {
+        let (gate, up) = (gate.wide(&self.cuda)?, up.wide(&self.cuda)?);
+        let dout = dout.wide(&self.cuda)?;
+        let [dgate, dup] = dgate_dup.map(|so_far| so_far.map(|so_far| so_far.wide(&self.cuda)).transpose());
+        let [dgate, dup] = self.cuda.gate_backward(&gate, &up, activation.into(), &dout, [dgate?, dup?])?;
+        Ok([dgate.into(), dup.into()])
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        Ok(self.cuda.add(&a.wide(&self.cuda)?, &b.wide(&self.cuda)?)?.into())
+    }
+
+    fn add_backward(&self, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
+        match dx {
+            // Gradients are added to in place: each has memory of its own.
+            None => Ok(dy.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?.into()),
+            some => self.sum(some, dy.wide(&self.cuda)?),
+        }
+    }
+
+    fn loss(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        chunk: &PlacedChunk,
+        want_gradient: bool,
+    ) -> Result<(DeviceNats, Option<Tensor>)> {
+        let samples = chunk.as_ref().samples().collect();
+        let (nats, dx) = match (self.operand(x)?, weight) {
+            (Tensor::Bf16(x), Tensor::Bf16(weight)) => {
+                self.cross_entropy(&x, weight, chunk, want_gradient)?
+            }
+            (x, weight) => self.cross_entropy(wide(&x), wide(weight), chunk, want_gradient)?,
+        };
+        Ok((DeviceNats { nats, samples }, dx.map(Into::into)))
+    }
+
+    fn nats(&self, nats: DeviceNats) -> Result<Vec<f64>> {
+        let rows = nats.nats.to_host()?;
+        let sum = |samples: Range<usize>| rows[samples].iter().map(|nats| f64::from(*nats)).sum();
+        Ok(nats.samples.into_iter().map(sum).collect())
+    }
+
+    fn fused(
+        &self,
+        op: &Fused,
+        scope: &Scope<'_, Self>,
+        kept: &[bool],
+        slots: &mut [Option<Tensor>],
+        on_tap: OnTap<'_, Tensor>,
+    ) -> Result<()> {
+        self.fused_forward(op, scope, kept, slots, on_tap)
+    }
+
+    fn fused_backward(
+        &self,
+        op: &Fused,
+        scope: &Scope<'_, Self>,
+        slots: &[Option<Tensor>],
+        grads: &mut [Option<Tensor>],
+        on_tap: OnTap<'_, Tensor>,
+    ) -> Result<()> {
+        self.fused_adjoint(op, scope, slots, grads, on_tap)
+    }
+
+    fn new_moments(&self, width: usize) -> Result<DeviceMoments> {
+        self.cuda.new_moments(width)
+    }
+
+    fn moments(&self, x: &Tensor, samples: &[Range<usize>], into: &mut DeviceMoments) -> Result<FiniteCheck> {
+        typed!(x, x => self.cuda.add_moments(x, samples, into))
+    }
+
+    fn is_finite(&self, finite: FiniteCheck) -> Result<Result<(), NonFinite>> {
+        finite.wait()
+    }
+
+    fn read_moments(&self, moments: &DeviceMoments) -> Result<Moments> {
+        moments.to_host()
+    }
+}

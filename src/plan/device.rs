@@ -1,0 +1,205 @@
+//! `--device`, `--dtype` and the memory flags → where a plan computes, and in what.
+
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::device::MIN_COMPUTE_CAPABILITY;
+use crate::backend::cuda::{self, CudaLower, CudaSpec, DeviceInfo, DeviceName, Format, ModuleSpec, Nvrtc};
+use crate::cli::{DtypeArg, MachineArgs};
+use crate::error::{Error, Result};
+use crate::units::size;
+
+use super::memory::{self, Demand, Memory};
+
+/// Where passes are computed.
+pub enum Devices {
+    /// Here.
+    Cpu,
+    /// Each with the whole model; passes are dealt out.
+    Cuda {
+        /// What to open.
+        devices: Vec<CudaSpec>,
+        /// How the model runs there.
+        lower: CudaLower,
+    },
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+impl Devices {
+    /// What `machine` names; on `auto`, what is missing for a CUDA device that is there goes to `warnings`.
+    ///
+    /// # Errors
+    /// A name that is none, a device that is not there or cannot be used, a type that it does not compute in.
+    pub(super) fn resolve(machine: &MachineArgs, warnings: &mut Vec<String>) -> Result<Self> {
+        let names = names(&machine.device)?;
+        let ordinals = match names[..] {
+            [DeviceName::Auto] => match usable(machine, warnings)? {
+                Some(ordinal) => vec![ordinal],
+                None => return Self::cpu(machine),
+            },
+            [DeviceName::Cpu] => return Self::cpu(machine),
+            _ => names
+                .iter()
+                .filter_map(|name| if let DeviceName::Cuda(n) = name { Some(*n) } else { None })
+                .collect(),
+        };
+        let all = cuda::devices().map_err(|error| error.at("--device"))?;
+        let format = match machine.dtype {
+            DtypeArg::Float32 => Format::F32,
+            DtypeArg::Auto | DtypeArg::Bfloat16 => Format::Bf16,
+        };
+        let modules = ModuleSpec::from_environment()?;
+        let device = |&ordinal: &usize| {
+            let free = cuda::device::free_bytes(&all, ordinal)?;
+            let budget_bytes = Some(device_budget(machine.device_memory, free, ordinal)?);
+            Ok(CudaSpec { ordinal, budget_bytes, modules: modules.clone() })
+        };
+        let devices = ordinals.iter().map(device).collect::<Result<_>>()?;
+        Nvrtc::load()?;
+        Ok(Self::Cuda { devices, lower: CudaLower { format, fuse: true } })
+    }
+
+    fn cpu(machine: &MachineArgs) -> Result<Self> {
+        if machine.dtype == DtypeArg::Bfloat16 {
+            return Err(Error::usage("the CPU does not compute in bfloat16")
+                .at("--dtype")
+                .expected("auto or float32")
+                .found("bfloat16")
+                .hint("a bfloat16 checkpoint is read as it is: its weights are exact in float32"));
+        }
+        if machine.device_memory.is_some() {
+            return Err(Error::usage("there is no CUDA device for a memory budget")
+                .at("--device_memory")
+                .expected("--device cuda, or --memory for the CPU")
+                .found(format!("--device {}", machine.device)));
+        }
+        Ok(Self::Cpu)
+    }
+
+    /// As metadata names it: `cpu`, `cuda:0`, `cuda:0,cuda:1`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".into(),
+            Self::Cuda { devices, .. } => {
+                devices.iter().map(|device| format!("cuda:{}", device.ordinal)).collect::<Vec<_>>().join(",")
+            }
+        }
+    }
+
+    /// The type of what products read, as metadata names it.
+    pub fn dtype(&self) -> &'static str {
+        match self {
+            Self::Cpu => "float32",
+            Self::Cuda { lower, .. } => lower.format.pick("float32", "bfloat16"),
+        }
+    }
+
+    /// How the model is made to fit; `demand` is for the CPU, whose budget it names.
+    ///
+    /// # Errors
+    /// A device that is too small for the smallest way to run.
+    pub(super) fn plan(&self, demand: &Demand<'_>) -> Result<Memory> {
+        let Self::Cuda { devices, lower } = self else { return Ok(memory::plan(&Cpu::<f32>::new(), demand)) };
+        // All devices do the same, so the smallest decides.
+        let budget_bytes = devices.iter().filter_map(|device| device.budget_bytes).min().unwrap_or(0);
+        let memory = memory::plan(lower, &Demand { budget_bytes, slow_weights: false, ..demand.clone() });
+        if memory.total_bytes() <= budget_bytes {
+            return Ok(memory);
+        }
+        Err(Error::new("the device has too little memory for this model")
+            .at(format!("--device {}", self.name()))
+            .expected(format!("room for {} or more", size(memory.total_bytes())))
+            .found(format!(
+                "a budget of {}; even layer by layer the run takes {} for weights, {} for activations, {} for work on {} \
+                 tokens at a time",
+                size(budget_bytes),
+                size(memory.weight_bytes),
+                size(memory.activation_bytes),
+                size(memory.workspace_bytes),
+                memory.chunk_tokens
+            ))
+            .hint("a larger --device_memory, a smaller --max_length or --tokens_per_pass, or --device cpu"))
+    }
+}
+
+/// The devices that `--device` lists, each once.
+fn names(list: &str) -> Result<Vec<DeviceName>> {
+    let names = list.split(',').map(|name| name.trim().parse()).collect::<Result<Vec<DeviceName>>>();
+    let names = names.map_err(|error| error.at("--device"))?;
+    let cuda = names.iter().all(|name| matches!(name, DeviceName::Cuda(_)));
+    let twice = (1..names.len()).any(|index| names[..index].contains(&names[index]));
+    if (names.len() > 1 && !cuda) || twice {
+        return Err(Error::usage("these devices do not go together")
+            .at("--device")
+            .expected("auto, cpu, or CUDA devices, each once: cuda:0,cuda:1")
+            .found(list));
+    }
+    Ok(names)
+}
+
+/// The first CUDA device with all that it needs.
+fn usable(machine: &MachineArgs, warnings: &mut Vec<String>) -> Result<Option<usize>> {
+    let new_enough = |info: &&DeviceInfo| info.compute_capability >= MIN_COMPUTE_CAPABILITY;
+    let all = cuda::devices().unwrap_or_default();
+    let Some(info) = all.iter().find(new_enough) else { return Ok(None) };
+    match Nvrtc::load() {
+        Ok(_) => Ok(Some(info.ordinal)),
+        // Whoever asks for what only a CUDA device has means it.
+        Err(error) if machine.device_memory.is_some() || machine.dtype == DtypeArg::Bfloat16 => Err(error),
+        Err(error) => {
+            warnings.push(format!(
+                "computing on the CPU, though cuda:{} ({}) is there: {error}",
+                info.ordinal, info.name
+            ));
+            Ok(None)
+        }
+    }
+}
+
+/// Bytes of a device that may be used: as given, or what is free, less a reserve.
+fn device_budget(gib: Option<f64>, free: u64, ordinal: usize) -> Result<u64> {
+    // What the driver, its contexts and the compiled kernels take besides.
+    let most = free - free / 16;
+    let Some(gib) = gib else { return Ok(most) };
+    let wrong = |what: &str| {
+        Error::usage(what)
+            .at("--device_memory")
+            .expected(format!(
+                "GiB, more than 0 and at most {:.2}: what is free on cuda:{ordinal}",
+                most as f64 / GIB
+            ))
+            .found(gib)
+    };
+    if !(gib.is_finite() && gib > 0.0) {
+        return Err(wrong("the device memory budget cannot be used"));
+    }
+    let bytes = (gib * GIB) as u64;
+    if bytes > most {
+        return Err(wrong("the device has less memory free"));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_devices() {
+        assert_eq!(names("cuda:1,cuda:0").unwrap(), [DeviceName::Cuda(1), DeviceName::Cuda(0)]);
+        assert_eq!(names("auto").unwrap(), [DeviceName::Auto]);
+        for wrong in ["cuda:0,cuda", "cuda:0,cpu", "auto,cuda:0", "cuda:0,", "cpu,cpu", ""] {
+            let error = names(wrong).unwrap_err().to_string();
+            assert!(error.contains("--device"), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn budgets_of_devices() {
+        assert_eq!(device_budget(None, 16 << 30, 0).unwrap(), 15 << 30);
+        assert_eq!(device_budget(Some(0.5), 16 << 30, 0).unwrap(), 1 << 29);
+        for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY, 15.1] {
+            let error = device_budget(Some(wrong), 16 << 30, 3).unwrap_err().to_string();
+            assert!(error.contains("--device_memory") && error.contains("at most 15.00"), "{wrong}: {error}");
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The program itself on the stand-in driver: what a user types.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use ndarray_npy::NpzReader;
+
+use super::faults::is_child;
+use super::machine::runs_here;
+
+/// `gradlens` with these arguments in `folder`, on emulated devices of 4 GiB.
+fn gradlens(folder: &Path, arguments: &[&str]) -> Output {
+    let (name, value) = cuemu::launcher::library_path().unwrap();
+    let cache = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
+    command.args(arguments).current_dir(folder).env(name, value).env("GRADLENS_CUDA_CODE", "ptx");
+    command.env("GRADLENS_CACHE", cache);
+    command.output().unwrap()
+}
+
+fn succeeds(folder: &Path, arguments: &[&str]) -> String {
+    let output = gradlens(folder, arguments);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {text}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The arrays of one direction and statistic, layer after layer.
+fn arrays(folder: &Path, stat: &str) -> Vec<f64> {
+    let mut found = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let path = found.find(|path| path.is_dir()).unwrap().join("statistics.npz");
+    let mut npz = NpzReader::new(fs::File::open(path).unwrap()).unwrap();
+    let mut names: Vec<String> = npz.names().unwrap();
+    names.retain(|name| name.trim_end_matches(".npy").ends_with(stat));
+    names.sort_unstable();
+    assert!(!names.is_empty(), "{stat}");
+    names
+        .iter()
+        .flat_map(|name| {
+            let array: ndarray::Array1<f64> = npz.by_name(name).unwrap();
+            array.to_vec()
+        })
+        .collect()
+}
+
+fn demo(device: &[&str]) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = [&["demo", "--num_samples", "12", "--output_dir", "."], device].concat();
+    let text = succeeds(folder.path(), &arguments);
+    (folder, text)
+}
+
+#[test]
+fn the_demo_is_that_of_the_cpu() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let (cpu, _) = demo(&["--device", "cpu"]);
+    for (device, bound) in [
+        (&["--device", "cuda", "--dtype", "float32"][..], 1e-5),
+        // Of a trained model: its activations are rounded to 2⁻⁹ many times over.
+        (&["--device", "auto"], 2e-2),
+    ] {
+        let (cuda, text) = demo(device);
+        assert!(text.contains("loss"), "{text}");
+        for stat in ["values.sum_abs", "gradients.sum_abs", "gradients.sum"] {
+            let (found, wanted) = (arrays(cuda.path(), stat), arrays(cpu.path(), stat));
+            let error = super::common::relative_l2(&found, &wanted);
+            assert!(error <= bound, "{device:?} {stat}: relative error {error:e}");
+            assert!(error > 0.0, "{device:?} {stat}: not computed by the device");
+        }
+    }
+}
+
+/// Passes are dealt out to devices, and weights come layer by layer where memory is short: the same bytes.
+#[test]
+fn devices_and_their_memory_change_no_byte() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/qwen2");
+    let corpus = format!("{model}/corpus.jsonl");
+    let base = [
+        ["layer", "--save_outputs", "--model_name", model, "--dataset", &corpus, "--min_chars", "0"],
+        ["--aggregate_by", "gradients", "--max_length", "32", "--tokens_per_pass", "64", "--output_dir", "."],
+    ]
+    .concat();
+    let run = |more: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let text = succeeds(folder.path(), &[&base[..], more].concat());
+        let all = ["values.sum", "values.sum_abs", "values.sum_sq", "gradients.sum", "gradients.max_abs"];
+        let dry = more.contains(&"--dry_run");
+        (if dry { vec![] } else { all.map(|stat| arrays(folder.path(), stat)).to_vec() }, text)
+    };
+    let (one, _) = run(&["--device", "cuda:0"]);
+    assert!(run(&["--device", "cuda:1"]).0 == one, "another device, other bytes");
+    assert!(run(&["--device", "cuda:0,cuda:1"]).0 == one, "two devices, other bytes");
+    // Of 0.6 MB, which everything at once does not fit.
+    let tight = ["--device", "cuda:0", "--device_memory", "0.0003"];
+    assert!(run(&tight).0 == one, "layer by layer, other bytes");
+    let (_, text) = run(&[&tight[..], &["--dry_run"]].concat());
+    assert!(text.contains("of 4 layers stay, the others come for each pass"), "{text}");
+    let output =
+        gradlens(Path::new("."), &[&base[..], &["--device", "cuda", "--device_memory", "0.0001"]].concat());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("too little memory"), "{text}");
+    assert!(text.contains("layer by layer") && text.contains("--device_memory"), "{text}");
+}
+
+#[test]
+fn devices_that_are_not_there() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for (device, message) in [
+        ("cuda:7", "no such CUDA device"),
+        ("cuda:0,cuda:0", "do not go together"),
+        ("cuda:0,cpu", "do not go together"),
+        ("tpu", "no such device"),
+    ] {
+        let output = gradlens(folder.path(), &["demo", "--device", device]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(message), "{device}: {text}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{device} left something behind");
+    }
+}
