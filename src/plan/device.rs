@@ -108,15 +108,7 @@ impl Devices {
         Err(Error::new("the device has too little memory for this model")
             .at(format!("--device {}", self.name()))
             .expected(format!("room for {} or more", size(memory.total_bytes())))
-            .found(format!(
-                "a budget of {}; even layer by layer the run takes {} for weights, {} for activations, {} for work on {} \
-                 tokens at a time",
-                size(budget_bytes),
-                size(memory.weight_bytes),
-                size(memory.activation_bytes),
-                size(memory.workspace_bytes),
-                memory.chunk_tokens
-            ))
+            .found(format!("a budget of {}; even layer by layer the run takes {memory}", size(budget_bytes),))
             .hint("a larger --device_memory, a smaller --max_length or --tokens_per_pass, or --device cpu"))
     }
 }

@@ -1,10 +1,13 @@
 //! How many tokens go through the model together, which layers keep what their backward needs, and which keep their
 //! weights on the device.
 
+use std::fmt;
+
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
 use crate::model::op::{Block, Fused, Op, Site};
 use crate::model::{Program, Spec};
+use crate::units::size;
 
 /// What a run takes, in bytes, and how it was made to fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +41,18 @@ impl Memory {
     /// What all of it takes.
     pub fn total_bytes(&self) -> u64 {
         self.weight_bytes + self.activation_bytes + self.workspace_bytes
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [weights, activations, workspace] =
+            [self.weight_bytes, self.activation_bytes, self.workspace_bytes].map(size);
+        let tokens = self.chunk_tokens;
+        write!(
+            f,
+            "{weights} for weights, {activations} for activations, {workspace} for work on {tokens} tokens at a time"
+        )
     }
 }
 

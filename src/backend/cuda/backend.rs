@@ -49,6 +49,12 @@ impl CudaBackend {
         Self::new(Cuda::open(spec)?, lower)
     }
 
+    /// The same; `planned` is what its memory is for, which is said when it runs out all the same.
+    pub fn planned_for(mut self, planned: String) -> Self {
+        self.cuda.device.memory.planned = Some(planned);
+        self
+    }
+
     /// On an open device.
     ///
     /// # Errors

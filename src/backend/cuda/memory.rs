@@ -29,6 +29,8 @@ struct Ledger {
 pub struct Memory {
     stream: Arc<CudaStream>,
     ledger: Arc<Ledger>,
+    /// What it was planned for.
+    pub(super) planned: Option<String>,
 }
 
 /// Bytes counted as used, until this is dropped.
@@ -68,7 +70,7 @@ impl Memory {
         keep_freed_memory(stream)
             .map_err(|error| driver_failed("could not set up its memory pool", error))?;
         let ledger = Ledger { budget_bytes, used_bytes: AtomicU64::new(0), peak_bytes: AtomicU64::new(0) };
-        Ok(Self { stream: Arc::clone(stream), ledger: Arc::new(ledger) })
+        Ok(Self { stream: Arc::clone(stream), ledger: Arc::new(ledger), planned: None })
     }
 
     /// Memory with unspecified contents.
@@ -96,11 +98,12 @@ impl Memory {
 
     /// `used`: bytes in use besides those asked for.
     fn exhausted(&self, what: &str, limit: String, used: u64, asked: &str) -> Error {
+        let planned = self.planned.as_ref().map_or(String::new(), |planned| format!("; planned: {planned}"));
         Error::new(format!("{what} is exhausted"))
             .at(format!("cuda:{}", self.stream.context().ordinal()))
-            .expected(limit)
+            .expected(format!("{limit}{planned}"))
             .found(format!("{used} in use and {asked} more asked for"))
-            .hint("--tokens_per_pass with a smaller number needs less")
+            .hint("a smaller --tokens_per_pass or --max_length needs less, and so do other programs on the device")
     }
 
     /// The budget in words.
