@@ -5,8 +5,10 @@ use std::env;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use gradlens::backend::cuda::{Code, Nvrtc, Sources};
+use rayon::prelude::*;
 
 use super::machine::skip_or_panic;
 
@@ -69,15 +71,46 @@ fn max_threads(ptx: &str) -> BTreeMap<String, u32> {
     entries.collect()
 }
 
-#[test]
-fn kernels_compile_without_spills_and_fit_their_blocks() {
+/// One kernel file for one architecture.
+struct Compiled {
+    file: &'static str,
+    arch: &'static str,
+    log: String,
+    ptx: String,
+    cubin: Vec<u8>,
+}
+
+/// All files for all architectures, compiled once for both tests. `None`: no compiler; the reason was printed.
+fn compiled() -> Option<&'static [Compiled]> {
+    static COMPILED: OnceLock<Vec<Compiled>> = OnceLock::new();
     let nvrtc = match Nvrtc::load() {
         Ok(nvrtc) => nvrtc,
-        Err(error) => return skip_or_panic(&error.to_string()),
+        Err(error) => {
+            skip_or_panic(&error.to_string());
+            return None;
+        }
     };
+    let all = COMPILED.get_or_init(|| {
+        let sources = Sources::embedded();
+        let pairs: Vec<_> = sources.kernel_files().flat_map(|file| ARCHS.map(|arch| (file, arch))).collect();
+        let compile = |&(file, arch): &(&'static str, &'static str)| {
+            let (text, headers) = (sources.text(file).unwrap(), sources.headers());
+            let (real, virtual_) = (format!("sm_{arch}"), format!("compute_{arch}"));
+            let options = ["--ptxas-options=-v"];
+            let cubin = nvrtc.compile(file, text, &headers, &real, Code::Cubin, &options).unwrap();
+            let ptx = nvrtc.compile(file, text, &headers, &virtual_, Code::Ptx, &[]).unwrap();
+            let ptx = String::from_utf8(ptx.image).unwrap();
+            Compiled { file, arch, log: cubin.log, ptx, cubin: cubin.image }
+        };
+        pairs.par_iter().map(compile).collect()
+    });
+    Some(all)
+}
+
+#[test]
+fn kernels_compile_without_spills_and_fit_their_blocks() {
+    let Some(all) = compiled() else { return };
     let sources = Sources::embedded();
-    let headers = sources.headers();
-    let mut wrong = Vec::new();
     for file in sources.kernel_files() {
         let text = sources.text(file).unwrap();
         let declared = Sources::entry_points(text);
@@ -87,31 +120,27 @@ fn kernels_compile_without_spills_and_fit_their_blocks() {
             text.matches("__global__").count(),
             "{file} declares kernels that are not read"
         );
-        for arch in ARCHS {
-            let options = ["--ptxas-options=-v"];
-            let cubin =
-                nvrtc.compile(file, text, &headers, &format!("sm_{arch}"), Code::Cubin, &options).unwrap();
-            let ptx =
-                nvrtc.compile(file, text, &headers, &format!("compute_{arch}"), Code::Ptx, &[]).unwrap();
-            let threads = max_threads(std::str::from_utf8(&ptx.image).unwrap());
-            if cubin.log.contains("warning") || cubin.log.contains("Potential Performance Loss") {
-                wrong.push(format!("{file} sm_{arch}: {}", cubin.log));
-            }
-            let reports = reports(&cubin.log);
-            assert_eq!(
-                reports.keys().collect::<Vec<_>>(),
-                threads.keys().collect::<Vec<_>>(),
-                "{file} sm_{arch}"
-            );
-            for (name, report) in &reports {
-                let threads = threads[name];
-                println!("{file:<16} sm_{arch:<3} {name:<40} {threads:>4} threads, {report:?}");
-                // Registers are given out in units of 8 a thread.
-                let registers = report.registers.next_multiple_of(8) * threads;
-                let fits = registers <= REGISTERS && report.shared_bytes <= STATIC_SHARED_BYTES;
-                if report.local_bytes != [0; 3] || report.registers == 0 || !fits {
-                    wrong.push(format!("{file} sm_{arch} {name}: {threads} threads, {report:?}"));
-                }
+    }
+    let mut wrong = Vec::new();
+    for Compiled { file, arch, log, ptx, .. } in all {
+        let threads = max_threads(ptx);
+        if log.contains("warning") || log.contains("Potential Performance Loss") {
+            wrong.push(format!("{file} sm_{arch}: {log}"));
+        }
+        let reports = reports(log);
+        assert_eq!(
+            reports.keys().collect::<Vec<_>>(),
+            threads.keys().collect::<Vec<_>>(),
+            "{file} sm_{arch}"
+        );
+        for (name, report) in &reports {
+            let threads = threads[name];
+            println!("{file:<16} sm_{arch:<3} {name:<40} {threads:>4} threads, {report:?}");
+            // Registers are given out in units of 8 a thread.
+            let registers = report.registers.next_multiple_of(8) * threads;
+            let fits = registers <= REGISTERS && report.shared_bytes <= STATIC_SHARED_BYTES;
+            if report.local_bytes != [0; 3] || report.registers == 0 || !fits {
+                wrong.push(format!("{file} sm_{arch} {name}: {threads} threads, {report:?}"));
             }
         }
     }
@@ -126,42 +155,33 @@ fn disassembler() -> Option<PathBuf> {
 
 #[test]
 fn tensor_cores_and_asynchronous_copies_are_used() {
-    let nvrtc = match Nvrtc::load() {
-        Ok(nvrtc) => nvrtc,
-        Err(error) => return skip_or_panic(&error.to_string()),
-    };
+    let Some(all) = compiled() else { return };
     let Some(nvdisasm) = disassembler() else {
         return skip_or_panic("nvdisasm (pip install nvidia-cuda-nvdisasm)");
     };
-    let sources = Sources::embedded();
     let folder = tempfile::tempdir().unwrap();
-    for file in sources.kernel_files() {
-        for arch in ARCHS {
-            let text = sources.text(file).unwrap();
-            let cubin = nvrtc
-                .compile(file, text, &sources.headers(), &format!("sm_{arch}"), Code::Cubin, &[])
-                .unwrap();
-            let path = folder.path().join("kernel.cubin");
-            fs::write(&path, cubin.image).unwrap();
-            let listing = Command::new(&nvdisasm).arg("-c").arg(&path).output().unwrap();
-            assert!(listing.status.success(), "{}", String::from_utf8_lossy(&listing.stderr));
-            let listing = String::from_utf8(listing.stdout).unwrap();
-            let count = |mnemonic: &str| {
-                let word =
-                    |line: &str| line.split(|c: char| !c.is_alphanumeric()).any(|word| word == mnemonic);
-                listing.lines().filter(|line| word(line)).count()
-            };
-            for local in ["LDL", "STL"] {
-                assert_eq!(count(local), 0, "{file} sm_{arch} uses local memory");
-            }
-            for (_, _, mnemonics) in
-                INSTRUCTIONS.iter().filter(|(name, archs, _)| *name == file && archs.contains(&arch))
-            {
-                let counts =
-                    mnemonics.iter().map(|mnemonic| (*mnemonic, count(mnemonic))).collect::<Vec<_>>();
-                println!("{file} sm_{arch}: {counts:?}");
-                assert!(counts.iter().all(|(_, count)| *count > 0), "{file} sm_{arch}: {counts:?}");
-            }
+    for Compiled { file, arch, cubin, .. } in all {
+        let path = folder.path().join("kernel.cubin");
+        fs::write(&path, cubin).unwrap();
+        let listing = Command::new(&nvdisasm).arg("-c").arg(&path).output().unwrap();
+        assert!(listing.status.success(), "{}", String::from_utf8_lossy(&listing.stderr));
+        let listing = String::from_utf8(listing.stdout).unwrap();
+        let mut counts = BTreeMap::<&str, usize>::new();
+        for line in listing.lines() {
+            let mut words: Vec<&str> = line.split(|c: char| !c.is_alphanumeric()).collect();
+            words.sort_unstable();
+            words.dedup();
+            words.into_iter().for_each(|word| *counts.entry(word).or_default() += 1);
+        }
+        let count = |mnemonic: &str| counts.get(mnemonic).copied().unwrap_or(0);
+        for local in ["LDL", "STL"] {
+            assert_eq!(count(local), 0, "{file} sm_{arch} uses local memory");
+        }
+        let wanted = INSTRUCTIONS.iter().filter(|(name, archs, _)| name == file && archs.contains(arch));
+        for (_, _, mnemonics) in wanted {
+            let counts = mnemonics.iter().map(|mnemonic| (*mnemonic, count(mnemonic))).collect::<Vec<_>>();
+            println!("{file} sm_{arch}: {counts:?}");
+            assert!(counts.iter().all(|(_, count)| *count > 0), "{file} sm_{arch}: {counts:?}");
         }
     }
 }
