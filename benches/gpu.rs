@@ -8,14 +8,17 @@
 use std::env;
 use std::process::ExitCode;
 
-use cudarc::driver::result::{memcpy_dtod_async, memset_d8_async};
+use cudarc::driver::result::memcpy_dtod_async;
 use cudarc::driver::sys::CUevent_flags;
-use gradlens::backend::cuda::linear::{Direction, Shape, Tile};
+use gradlens::backend::cuda::linear::Direction;
 use gradlens::backend::cuda::norm::NormSpec;
-use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, Format, ModuleSpec, Nvrtc, Real};
+use gradlens::backend::cuda::{Buf, Cuda, CudaSpec, ModuleSpec, Nvrtc, Real};
 use gradlens::error::{Error, Result};
 use half::bf16;
 use serde_json::{Value, json};
+
+#[path = "gpu/linear.rs"]
+mod linear;
 
 /// Tokens of a chunk.
 const ROWS: usize = 8192;
@@ -44,6 +47,8 @@ const LAYERS: [(&str, &str, usize, usize); 12] = [
     ("Yi-34B", "gate+up", 7168, 40960),
     ("Yi-34B", "down", 20480, 7168),
 ];
+/// Their last layers: model, hidden size, vocabulary.
+const HEADS: [(&str, usize, usize); 2] = [("Qwen2.5-0.5B", 896, 151_936), ("Llama-3.1-8B", 4096, 128_256)];
 /// Hidden sizes of the same models.
 const WIDTHS: [(&str, usize); 3] = [("Qwen2.5-0.5B", 896), ("Llama-3.1-8B", 4096), ("Yi-34B", 7168)];
 
@@ -118,9 +123,22 @@ impl Bench {
             self.moments::<bf16>(model, width)?;
         }
         for (model, layer, in_features, out_features) in LAYERS {
+            let name = format!("{model} {layer}");
             for direction in [Direction::Forward, Direction::Backward] {
-                self.linear(&format!("{model} {layer}"), direction, in_features, out_features)?;
+                self.linear::<bf16>(&name, direction, in_features, out_features)?;
+                if model == LAYERS[0].0 {
+                    self.linear::<f32>(&name, direction, in_features, out_features)?;
+                }
             }
+            match layer {
+                "o" => self.add(&name, in_features, out_features)?,
+                "gate+up" => self.gated(&name, in_features, out_features)?,
+                "down" => self.gated_backward(&name, in_features, out_features)?,
+                _ => {}
+            }
+        }
+        for (model, width, vocabulary) in HEADS {
+            self.exponentials(model, width, vocabulary)?;
         }
         Ok(())
     }
@@ -245,67 +263,6 @@ impl Bench {
         let work = Work { flops: 5.0 * elements, bytes: elements * size_of::<T>() as f64 };
         self.time(case, work, |at| add(at).map(drop))
     }
-
-    fn linear(
-        &self,
-        name: &str,
-        direction: Direction,
-        in_features: usize,
-        out_features: usize,
-    ) -> Result<()> {
-        let (in_features, out_features) = (self.layer_width(in_features), self.layer_width(out_features));
-        let shape = Shape { rows: self.rows(), in_features, out_features };
-        let (rows, info) = (shape.rows, &self.cuda.device.info);
-        let (op, from, to) = match direction {
-            Direction::Forward => ("forward", in_features, out_features),
-            Direction::Backward => ("backward", out_features, in_features),
-        };
-        let copies = self.copies(2 * rows * (from + to));
-        let weight = random::<bf16>(&self.cuda, out_features, in_features, 7)?;
-        let x = self.inputs::<bf16>(copies, from, 8)?;
-        let chosen = Tile::choose(info, Format::Bf16, direction, shape);
-        // Where wgmma is chosen: what the kernel that runs on every device would do here.
-        let other = (info.compute_capability == (9, 0)).then_some(Tile::Large);
-        for tile in [Some(chosen), other.filter(|tile| *tile != chosen)].into_iter().flatten() {
-            let product = |at: usize| -> Result<Buf<bf16>> {
-                let x = &x[at % copies];
-                match direction {
-                    Direction::Forward => self.cuda.linear_forward_with(tile, x, &weight, None),
-                    Direction::Backward => self.cuda.linear_backward_as_with(tile, x, &weight, None),
-                }
-            };
-            // The pool hands out next what was freed last.
-            self.poison(&Buf::new(&self.cuda.device.memory, rows, to)?)?;
-            check_product(&x[0], &weight, &product(0)?, direction)?;
-            let case = json!({"family": "linear", "case": format!("{name} {op}"), "op": op, "dtype": "bf16",
-                "rows": rows, "in": in_features, "out": out_features, "copies": copies,
-                "kernel": kernel_of(tile), "chosen": tile == chosen});
-            let work = Work {
-                flops: 2.0 * (rows * in_features * out_features) as f64,
-                bytes: 2.0 * (rows * (in_features + out_features) + in_features * out_features) as f64,
-            };
-            self.time(case, work, |at| product(at).map(drop))?;
-        }
-        Ok(())
-    }
-
-    /// Makes every element NaN: what a kernel leaves out shows.
-    fn poison(&self, buf: &Buf<bf16>) -> Result<()> {
-        let (all, stream) = (buf.allocation(), self.cuda.device.compute.cu_stream());
-        // SAFETY: the allocation has this length.
-        unsafe { memset_d8_async(all.address(), 0xff, all.len(), stream) }.map_err(driver)
-    }
-}
-
-/// A tile by its instructions and size.
-fn kernel_of(tile: Tile) -> &'static str {
-    match tile {
-        Tile::Large => "mma.sync 128x128",
-        Tile::Small => "mma.sync 64x64",
-        Tile::Unaligned => "mma.sync 64x64, plain loads",
-        Tile::Narrow => "wgmma 128x128",
-        Tile::Wide => "wgmma 128x256",
-    }
 }
 
 /// Random numbers on the device, `[rows, width]`.
@@ -332,26 +289,6 @@ fn near(what: &str, place: impl Fn() -> String, found: f64, wanted: f64, toleran
         .at(place())
         .expected(format!("{wanted} ± {tolerance:e}"))
         .found(found))
-}
-
-/// Some outputs of a product against float64.
-fn check_product(x: &Buf<bf16>, weight: &Buf<bf16>, y: &Buf<bf16>, direction: Direction) -> Result<()> {
-    let (from, to, in_features) = (x.width(), y.width(), weight.width());
-    let (x, weight, y) = (x.to_host()?, weight.to_host()?, y.to_host()?);
-    for probe in 0..64 {
-        let (row, column) = ((probe * 7919) % (y.len() / to), (probe * 104_729) % to);
-        let weight_at = |k: usize| match direction {
-            Direction::Forward => weight[column * in_features + k],
-            Direction::Backward => weight[k * in_features + column],
-        };
-        let terms = (0..from).map(|k| x[row * from + k].to_f64() * weight_at(k).to_f64());
-        let (wanted, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-        // A bfloat16 result of float32 sums.
-        let tolerance = wanted.abs() * BF16_ROUNDING + size * 1e-5;
-        let place = || format!("row {row}, column {column}");
-        near("a product", place, y[row * to + column].to_f64(), wanted, tolerance)?;
-    }
-    Ok(())
 }
 
 /// Some rows of h, y and dx against float64.

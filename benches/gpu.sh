@@ -13,7 +13,7 @@ home=target/gpu
 
 # Steps of `run` in order: name, most seconds, command. $out is the record's folder. A command that cannot run
 # here prints `skipped: ` and why.
-kernel_tests="linear::linear_matches_float64 linear::linear_of_any_width norm::forward norm::backward stats::moments stats::many_samples"
+kernel_tests="linear::linear_matches_float64 linear::linear_of_any_width linear_fused::epilogues_match_float64 linear_fused::epilogues_of_float32_match_float64 norm::forward norm::backward stats::moments stats::many_samples"
 steps=(
     # Tests that plant faults or read machine code need a C++ compiler and a disassembler, and no GPU.
     "parity   120  $home/cuda_tests --test-threads 1 --skip faults:: --skip static_checks::"

@@ -13,9 +13,9 @@
 
 // SiLU and the GELU by tanh are x·σ(p), p = x·(a + b·x²). Neither infinity nor NaN comes of any finite x.
 
-constexpr int GELU_TANH = 1, GELU_ERF = 2;                        // 0: SiLU
-constexpr float TANH_A = 1.59576912f, TANH_B = 0.0713548163f;     // 2·sqrt(2/π), and that times 0.044715
-// log2 e in two parts: a product with the first alone is off by up to half a unit of itself.
+constexpr int GELU_TANH = 1, GELU_ERF = 2;                     // 0: SiLU
+constexpr float TANH_A = 1.59576912f, TANH_B = 0.0713548163f;  // 2·sqrt(2/π), and that times 0.044715
+// log2 e in two parts, for arguments of powers that must be right to a unit.
 constexpr float LOG2E = 1.44269502f, LOG2E_REST = 1.92596303e-8f;
 
 struct Activated {
@@ -27,7 +27,7 @@ __device__ __forceinline__ Activated sigmoid_precise(float x, float a, float b) 
   const float square = fminf(x * x, 1e37f);  // 0·∞ otherwise
   const float p = x * fmaf(b, square, a);
   const float e = expf(-fabsf(p));
-  const float larger = __fdividef(1.f, 1.f + e), smaller = e * larger;
+  const float larger = reciprocal_approximate(1.f + e), smaller = e * larger;
   const float sigma = p < 0.f ? smaller : larger;
   return {x * sigma, fmaf(x * (p < 0.f ? larger : smaller), sigma * fmaf(3.f * b, square, a), sigma)};
 }
@@ -70,7 +70,7 @@ __device__ __forceinline__ void activate(const float (&x)[COUNT], int activation
   }
 }
 
-// ---- eight neighbours of a row ----------------------------------------------------------------------
+// ---- two and eight neighbours of a row --------------------------------------------------------------
 
 // As they lie: 16 bytes of bfloat16, 32 of float32.
 template <class A> struct Eight {
@@ -99,10 +99,14 @@ template <class A> struct Eight {
     else return k % 2 ? high_bf16(words[k / 2]) : low_bf16(words[k / 2]);
   }
 };
-__device__ __forceinline__ void store_eight(float* p, float4 a, float4 b) { store_four(p, a), store_four(p + 4, b); }
+__device__ __forceinline__ void store_eight(float* p, float4 a, float4 b) {
+  store_four(p, a), store_four(p + 4, b);
+}
 __device__ __forceinline__ void store_eight(bf16* p, float4 a, float4 b) {
   *(uint4*)p = make_uint4(pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y), pack_bf16(b.z, b.w));
 }
+__device__ __forceinline__ void store_two(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
+__device__ __forceinline__ void store_two(bf16* p, float a, float b) { *(u32*)p = pack_bf16(a, b); }
 
 // ---- epilogues --------------------------------------------------------------------------------------
 
@@ -177,8 +181,6 @@ template <class A> struct Gated {
       if (column + 2 < columns) p[1] = from_float<A>(second);
     }
   }
-  __device__ __forceinline__ static void store_two(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
-  __device__ __forceinline__ static void store_two(bf16* p, float a, float b) { *(u32*)p = pack_bf16(a, b); }
 };
 
 // sums: dh[N, columns], columns = I. With gate_up[N, 2I] interleaved as above, writes dgate_up[N, 2I]:
@@ -221,7 +223,7 @@ template <class A> struct GatedBackward {
 //   k = rint(max z · log2 e)  →  exponents[n, s]
 //   2^(z · log2 e − k), rounded  →  e[n, columns]; their sum before they are rounded  →  sums[n, s]
 //   z at column targets[n], −1 for none  →  target_logits[n]
-// exponents, sums: [N, ceil(columns / 64)].
+// exponents, sums: [N, ceil(columns / 64)]. A sum's order is that of the columns' places in the strip.
 template <class A> struct Exponentials {
   static constexpr bool STRIPS = true;
   const int* __restrict__ targets;
@@ -260,7 +262,8 @@ template <class A> struct Exponentials {
     for (int i = 1; i < QUADS; i++)
       most = fmaxf(most, fmaxf(fmaxf(z[i].x, z[i].y), fmaxf(z[i].z, z[i].w)));
 #pragma unroll
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, lanes));
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2)
+      most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, lanes));
     const float k = rintf(most * LOG2E);
     float sum = 0.f;
 #pragma unroll
@@ -291,8 +294,8 @@ template <class A> struct Exponentials {
 // sum[(m * N_TILES + n) * 4], from row0 and column0 of the product on. Each lane finishes four neighbours of a
 // row at a time.
 template <int M_TILES, int N_TILES, bool WHOLE, class Epilogue>
-__device__ __forceinline__ void finish(const Epilogue& epilogue, const float* sum, int row0, int column0, int rows,
-                                       int columns) {
+__device__ __forceinline__ void finish(const Epilogue& epilogue, const float* sum, int row0, int column0,
+                                       int rows, int columns) {
   constexpr int ROWS = 2 * M_TILES;  // of a lane, 8 apart
   row0 += (threadIdx.x & 31) >> 2;
   auto quad = [&](int n, int r) {

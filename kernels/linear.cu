@@ -1,19 +1,26 @@
 // Linear layers on the tensor cores of compute capability 8.0 and later (mma.sync), and on 9.0 the widths that
 // the copy engine of linear_sm90.cu cannot fetch.
 //
-//   forward    y[N, out]  = x[N, in] · weight[out, in]ᵀ + bias[out]
-//   backward  dx[N, in]   = dy[N, out] · weight[out, in] + addend[N, in]
+//   forward            y[N, out] = x[N, in] · weight[out, in]ᵀ + bias[out]
+//   add                sum[N, out] = addend[N, out] + y, and y where it is wanted
+//   gated              out[N, I] = act(g)·u, where y = g0 u0 g1 u1 .. of width out = 2I; and y where it is wanted
+//   exponentials       of logits y of width out = V, for the loss; y itself is not written
+//   backward           dx[N, in] = dy[N, out] · weight[out, in] + addend[N, in]
+//   gated_backward     the gradient of a gated layer's y[N, 2·in], where dh = dy · weight is that of its output
 //
-// x, dy, weight: bfloat16. bias, addend: float32, or null for none; addend may be the output's own buffer (a
-// backward adds into its input's gradient). Outputs: float32 or bfloat16, rounded once from the float32 sum.
-// Rows are the N tokens. Any N, in, out >= 1; in and out < 2^24; pointers 16-byte aligned. There is no gradient
-// of the weight.
+// What is made of the sums, and the other arrays' shapes: epilogue.cuh.
+//
+// x, dy, weight, gate_up, e: bfloat16. bias, addend: float32, or null for none; a backward's addend may be the
+// output's own buffer (it adds into its input's gradient). Plain outputs: float32 or bfloat16, rounded once from
+// the float32 sum. Rows are the N tokens. Any N, in, out >= 1; in and out < 2^24; arrays start on 16 bytes, or
+// whole rows further on. There is no gradient of the weight.
 //
 // Every sum runs over the depth (forward: in, backward: out) upwards in steps of 16 in one accumulator,
 // whatever the tile and the other rows: the bits of an output depend on its own row alone.
 //
-// Grid: x = tiles of the output, in the order of place_tile. Block: 128 threads, the 4 warps as 2 x 2. Dynamic
-// shared memory: SHARED_BYTES of the tile. Three sets of entry points:
+// Grid: x = tiles of the output, in the order of place_tile. Block: 128 threads, the 4 warps as 2 x 2, or 4 x 1
+// where an epilogue wants 64 columns from one warp of a 64x64 tile. Dynamic shared memory: SHARED_BYTES of the
+// tile. Three sets of entry points:
 //   ""           128x128 tiles; rows of x, dy and weight multiples of 16 bytes: forward in % 8 == 0, backward
 //                both
 //   "small_"     64x64 tiles, for outputs with too few large ones to fill the device; the same bits
@@ -72,7 +79,7 @@ __device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64
 template <class T, bool BACKWARD, bool ALIGNED, class Epilogue>
 __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* __restrict__ weight,
                                         const Epilogue& epilogue, int rows, int columns, int depth) {
-  constexpr int STEPS = T::DEPTH / 16;                                         // mma steps in a stage
+  constexpr int STEPS = T::DEPTH / 16;                                       // mma steps in a stage
   constexpr int M_TILES = T::WARP_ROWS / 16, N_TILES = T::WARP_COLUMNS / 8;  // mma tiles of a warp
   constexpr int A_PITCH = T::DEPTH * 2, B_PITCH = (BACKWARD ? T::COLUMNS : T::DEPTH) * 2;
   constexpr int A_CHUNKS = A_PITCH / 16, B_CHUNKS = B_PITCH / 16;

@@ -1,12 +1,11 @@
-// Linear layers in float32 (FFMA), for every compute capability: the products and epilogues of linear.cu, with
-// x, dy, weight and all else in float32.
+// Linear layers in float32 (FFMA), for every compute capability: the operations of linear.cu, which says what they
+// are, with x, dy, weight and all else in float32.
 //
-//   forward    y[N, out]  = x[N, in] · weight[out, in]ᵀ + bias[out]
-//   backward  dx[N, in]   = dy[N, out] · weight[out, in] + addend[N, in]
+//   forward, add, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
+//   backward, gated_backward            from dy[N, out] · weight[out, in]
 //
-// Epilogues: see epilogue.cuh, of which A is float32 here. bias, addend: null for none; addend may be the output's
-// own buffer. Outputs of the plain products: float32, or bfloat16, rounded once. Rows are the N tokens. Any N,
-// in, out >= 1; in and out < 2^24; rows that are whole vectors start on 16 bytes.
+// Outputs of the plain products are also had in bfloat16, rounded once. Rows are the N tokens. Any N, in, out >= 1;
+// in and out < 2^24; arrays start on 16 bytes, or whole rows further on.
 //
 // Every sum runs over the depth (forward: in, backward: out) upwards in one accumulator, one fused multiply-add
 // a term, whatever the tile and the other rows: the bits of an output depend on its own row alone. What is past

@@ -1,13 +1,12 @@
-// Linear layers on compute capability 9.0: the same products as linear.cu, fetched by the copy engine (TMA) and
-// multiplied by whole warpgroups (wgmma).
+// Linear layers on compute capability 9.0: the same operations as linear.cu, which says what they are, on
+// operands fetched by the copy engine (TMA) and multiplied by whole warpgroups (wgmma).
 //
-//   forward    y[N, out]  = x[N, in] · weight[out, in]ᵀ + bias[out]
-//   backward  dx[N, in]   = dy[N, out] · weight[out, in] + addend[N, in]
+//   forward, add, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
+//   backward, gated_backward            from dy[N, out] · weight[out, in]
 //
 // x, dy, weight: bfloat16, row lengths in bytes multiples of 16 (the copy engine's rule): forward in % 8 == 0,
-// backward also out % 8 == 0. bias, addend: float32, or null for none; addend may be the output's own buffer.
-// Outputs: float32 or bfloat16, rounded once. Pointers 16-byte aligned. Any N. Every sum runs over the depth
-// upwards in steps of 16 in one accumulator, whatever the tile: the bits of an output depend on its own row
+// backward also out % 8 == 0. Arrays start on 16 bytes, or whole rows further on. Any N. Every sum runs over the
+// depth upwards in steps of 16 in one accumulator, whatever the tile: the bits of an output depend on its own row
 // alone.
 //
 // Tensor maps (bfloat16, 128-byte swizzle, zeros outside): x, dy: box 128 rows x 64. weight: forward box
