@@ -4,7 +4,8 @@
 //   segments  [S]                   up to 128 neighbouring rows each, cut from each sample's first row on, never
 //                                   across samples
 //   partials  [4, S, width]         float32: the four sums of each segment
-//   sums      [4, width]            float64: Σv, Σ|v|, Σv², max|v| so far
+//   sums      [7, width]            float64: Σv, Σ|v|, Σv², max|v| so far, and what is left of the three sums below
+//                                   their last digits
 //
 // 1. moments_segments_*: one block sums a segment over a tile of columns. Warp w takes rows 8w to 8w + 7, then
 //    those 32 further on, and so forth. Eight rows are added as a tree, then the trees of a warp, then the four
@@ -13,7 +14,9 @@
 // 2. moments_accumulate: one thread per column and sum adds the segments to float64, one after the other.
 //
 // So a sample's numbers do not depend on its neighbours, and `sums` go through the same chain of additions
-// however a corpus is cut into calls, as long as samples stay whole.
+// however a corpus is cut into calls, as long as samples stay whole. With what is left of each addition (exact, Knuth's
+// TwoSum) a sum has 106 bits: sums over parts of a corpus, added and rounded once, are those over the whole, but for
+// a chance of n·2⁻⁵².
 //
 // Partials cost 16 bytes written and read again per column and segment: 6 % of 128 rows of float32 and 12 % of
 // bfloat16, much of it in the L2 cache. Shorter segments cost more; longer ones leave small chunks with too few
@@ -181,7 +184,8 @@ extern "C" __global__ void __launch_bounds__(ACCUMULATE_THREADS) moments_accumul
   if (column >= width) return;
   const float* partial = partials + (i64)s * num_segments * width + column;
   double* sum = sums + (i64)s * width + column;
-  double total = *sum;
+  double* rest = sums + (i64)(SUMS + s) * width + column;  // of sums alone
+  double total = *sum, left = s == MAX_ABS ? 0. : *rest;
   for (int start = 0; start < num_segments; start += SEGMENTS_AT_ONCE) {
     float more[SEGMENTS_AT_ONCE];
 #pragma unroll
@@ -190,9 +194,16 @@ extern "C" __global__ void __launch_bounds__(ACCUMULATE_THREADS) moments_accumul
     }
 #pragma unroll
     for (int i = 0; i < SEGMENTS_AT_ONCE; i++) {
-      double value = more[i];
-      total = s == MAX_ABS ? (value > total ? value : total) : total + value;
+      const double value = more[i], next = total + value;
+      if (s == MAX_ABS) {
+        total = value > total ? value : total;
+      } else {
+        const double part = next - total;
+        left += (total - (next - part)) + (value - part);
+        total = next;
+      }
     }
   }
   *sum = total;
+  if (s != MAX_ABS) *rest = left;
 }

@@ -119,7 +119,7 @@ pub struct LayerArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// Tokens that go through the model together; changes speed and memory (on CUDA devices also last digits)
+    /// Tokens that go through the model together; changes speed and memory, never results
     #[arg(long, value_name = "N", help_heading = "Machine")]
     pub tokens_per_pass: Option<usize>,
 

@@ -13,6 +13,8 @@ use crate::error::{Context, Error, Result};
 pub struct Interrupt {
     /// The number of the signal; 0 while nobody asked.
     signal: Arc<AtomicUsize>,
+    /// Another request that counts as well.
+    other: Option<Arc<AtomicUsize>>,
 }
 
 impl Interrupt {
@@ -44,9 +46,21 @@ impl Interrupt {
         self.signal.store(SIGINT as usize, Ordering::SeqCst);
     }
 
+    /// One that `other` sets off too.
+    pub fn or(&self, other: &Self) -> Self {
+        Self { signal: Arc::clone(&self.signal), other: Some(Arc::clone(&other.signal)) }
+    }
+
+    /// The number of the signal, or 0.
+    fn signal(&self) -> usize {
+        let own = self.signal.load(Ordering::SeqCst);
+        let other = || self.other.as_ref().map_or(0, |other| other.load(Ordering::SeqCst));
+        if own == 0 { other() } else { own }
+    }
+
     /// Whether somebody asked.
     pub fn requested(&self) -> bool {
-        self.signal.load(Ordering::SeqCst) != 0
+        self.signal() != 0
     }
 
     /// Fails once somebody asked.
@@ -54,7 +68,7 @@ impl Interrupt {
     /// # Errors
     /// [`Kind::Interrupted`](crate::error::Kind::Interrupted).
     pub fn check(&self) -> Result<()> {
-        match self.signal.load(Ordering::SeqCst) {
+        match self.signal() {
             0 => Ok(()),
             signal => Err(Error::interrupted(exit_code(signal as i32) as u8)),
         }
@@ -79,5 +93,14 @@ mod tests {
         interrupt.request();
         assert!(clone.requested());
         assert_eq!(clone.check().unwrap_err().kind(), Kind::Interrupted { exit_code: 130 });
+    }
+
+    #[test]
+    fn either_of_two_requests_counts() {
+        let (one, two) = (Interrupt::new(), Interrupt::new());
+        let either = one.or(&two);
+        assert!(!either.requested());
+        two.request();
+        assert!(either.requested() && !one.requested());
     }
 }

@@ -70,24 +70,48 @@ pub struct Moments {
     pub max_abs: Vec<f64>,
     /// Tokens counted.
     pub count: u64,
+    /// What is left of Σ v, Σ |v| and Σ v² below their last digits, where sums over parts are to be added. `[width]` or
+    /// empty: nothing.
+    pub low: [Vec<f64>; 3],
 }
 
 impl Moments {
     /// Nothing seen yet.
     pub fn new(width: usize) -> Self {
         let zeros = || vec![0.0; width];
-        Self { sum: zeros(), sum_abs: zeros(), sum_sq: zeros(), max_abs: zeros(), count: 0 }
+        Self { sum: zeros(), sum_abs: zeros(), sum_sq: zeros(), max_abs: zeros(), ..Self::default() }
     }
 
-    /// Adds the sums over other tokens.
+    /// Adds the sums over other tokens, of which nothing is lost until [`Moments::round`].
     pub fn add(&mut self, more: &Self) {
-        let add =
-            |sums: &mut [f64], more: &[f64]| sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
-        add(&mut self.sum, &more.sum);
-        add(&mut self.sum_abs, &more.sum_abs);
-        add(&mut self.sum_sq, &more.sum_sq);
+        let width = self.sum.len();
+        for (index, (sums, more_sums)) in
+            [(&mut self.sum, &more.sum), (&mut self.sum_abs, &more.sum_abs), (&mut self.sum_sq, &more.sum_sq)]
+                .into_iter()
+                .enumerate()
+        {
+            let low = &mut self.low[index];
+            low.resize(width, 0.0);
+            let more_low = more.low[index].iter().copied().chain(std::iter::repeat(0.0));
+            for (((sum, low), more), more_low) in sums.iter_mut().zip(low).zip(more_sums).zip(more_low) {
+                // Knuth's TwoSum: next + left is exactly sum + more.
+                let next = *sum + more;
+                let part = next - *sum;
+                let left = (*sum - (next - part)) + (more - part);
+                *low += left + more_low;
+                *sum = next;
+            }
+        }
         self.max_abs.iter_mut().zip(&more.max_abs).for_each(|(max, more)| *max = max.max(*more));
         self.count += more.count;
+    }
+
+    /// Rounds each sum once.
+    pub fn round(&mut self) {
+        for (sums, low) in [&mut self.sum, &mut self.sum_abs, &mut self.sum_sq].into_iter().zip(&mut self.low)
+        {
+            sums.iter_mut().zip(low.drain(..)).for_each(|(sum, low)| *sum += low);
+        }
     }
 }
 
@@ -124,6 +148,16 @@ pub trait Lower {
 
     /// Bytes that a loaded weight takes besides the tensors where they lie; `shapes` are those of its parts.
     fn weight_bytes(&self, shapes: &[&[usize]]) -> u64;
+
+    /// Bytes per token that the op `block.ops[index]` needs besides its slots and their gradients, forward and
+    /// backward.
+    fn temporary_bytes(&self, block: &Block<Self::Fused>, index: usize) -> [u64; 2];
+
+    /// Bytes of the statistics of so many layers, of all passes under way.
+    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64;
+
+    /// Bytes of the rotary angles of so many pairs and positions.
+    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64;
 
     /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64;
@@ -191,6 +225,8 @@ pub trait Backend: Lower {
 
     /// The moment at which everything asked for so far is done.
     fn mark(&self) -> Result<Self::Mark>;
+    /// Waits for a moment.
+    fn wait(&self, mark: &Self::Mark) -> Result<()>;
     /// Seconds between two moments, after waiting for them.
     fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64>;
 
@@ -284,13 +320,13 @@ pub trait Backend: Lower {
     /// The nats, after waiting for them. `[B]`
     fn nats(&self, nats: Self::Nats) -> Result<Vec<f64>>;
 
-    /// Runs a fused op on the slots of its block. Of its outputs, those that nothing reads but a backward are
-    /// written where `kept` says so.
+    /// Runs a fused op on the slots of its block. Of its outputs, those are written that `wanted` names; where that
+    /// is not what a tap shows, nothing need be shown.
     fn fused(
         &self,
         op: &Self::Fused,
         scope: &Scope<'_, Self>,
-        kept: &[bool],
+        wanted: &[bool],
         slots: &mut [Option<Self::Buf>],
         on_tap: OnTap<'_, Self::Buf>,
     ) -> Result<()>;
@@ -318,4 +354,33 @@ pub trait Backend: Lower {
     fn is_finite(&self, finite: Self::Finite) -> Result<Result<(), NonFinite>>;
     /// The sums, after waiting for them.
     fn read_moments(&self, moments: &Self::Moments) -> Result<Moments>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_of_parts_are_those_of_the_whole() {
+        // Each value disappears in the sum before it.
+        let values = [1.0, 2f64.powi(-60), -2f64.powi(-58), 2f64.powi(60), 3.0, -2f64.powi(60)];
+        let over = |values: &[f64]| {
+            let mut sums = Moments::new(1);
+            for &value in values {
+                let mut one = Moments { sum: vec![value], count: 1, ..Moments::new(1) };
+                (one.sum_abs, one.sum_sq, one.max_abs) = (vec![value.abs()], vec![0.0], vec![value.abs()]);
+                sums.add(&one);
+            }
+            sums
+        };
+        for cut in 0..=values.len() {
+            let (first, second) = values.split_at(cut);
+            let mut sums = over(first);
+            sums.add(&over(second));
+            sums.round();
+            assert_eq!(sums.sum, [4.0], "cut at {cut}");
+            assert_eq!((sums.max_abs[0], sums.count), (2f64.powi(60), 6));
+            assert!(sums.low.iter().all(Vec::is_empty));
+        }
+    }
 }

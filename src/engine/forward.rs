@@ -40,11 +40,16 @@ pub fn forward<B: Backend>(
         Keep::Input => (0..block.widths.len()).map(|slot| slot == Block::INPUT.0).collect(),
         Keep::For(start) => block.saved(start),
     };
+    // What a fused op has to write: what is read by an op to come, on either way, or by the next block.
+    let whole = ops.end == block.ops.len();
+    let wanted: Vec<bool> = (0..block.widths.len())
+        .map(|slot| saved[slot] || last_uses[slot].is_some() || (whole && slot == block.output.0))
+        .collect();
     let Scope { weights, rope, chunk } = *scope;
     let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start) {
         if let Op::Fused(fused) = op {
-            backend.fused(fused, scope, &saved, &mut state.slots, on_tap)?;
+            backend.fused(fused, scope, &wanted, &mut state.slots, on_tap)?;
             release(state, op, index, &last_uses, &saved);
             continue;
         }

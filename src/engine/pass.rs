@@ -64,6 +64,11 @@ pub struct EngineSpec {
 }
 
 impl EngineSpec {
+    /// Layers whose forward runs, of so many: all for gradients, else those up to the last wanted one.
+    pub fn visited_layers(&self, layers: usize) -> usize {
+        if self.gradients { layers } else { self.layers.last().map_or(0, |last| last + 1).min(layers) }
+    }
+
     /// What a run asks of each layer.
     pub fn usages(&self, spec: &Spec) -> Vec<Usage> {
         let usage = |layer: usize| {
@@ -79,6 +84,9 @@ impl EngineSpec {
         (0..spec.blocks.len()).map(usage).collect()
     }
 }
+
+/// Layers that a device may be behind what it was asked for.
+const AHEAD: usize = 2;
 
 /// Runs passes through a model.
 pub struct Engine<'a, B: Backend> {
@@ -103,7 +111,8 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// pass first needs them.
     pub fn new(backend: &'a B, spec: &Spec, tensors: &[Tensor], engine: EngineSpec) -> Self {
         let program = backend.lower(spec, &engine.usages(spec));
-        let model = Model::new(program, tensors, engine.resident_layers);
+        let visited = engine.visited_layers(program.blocks.len());
+        let model = Model::new(program, tensors, engine.resident_layers, visited, engine.gradients);
         Self { backend, model, inv_freq: spec.inv_freq.clone(), spec: engine, interrupt: Interrupt::new() }
     }
 
@@ -118,7 +127,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// # Errors
     /// The device has no room for them, or fails.
     pub fn load(&mut self) -> Result<()> {
-        self.model.load_resident(self.backend)
+        self.model.load_resident(self.backend, &self.interrupt)
     }
 
     /// One forward and, if gradients are wanted, one backward of all samples of `pass`; every wanted layer
@@ -137,15 +146,13 @@ impl<'a, B: Backend> Engine<'a, B> {
             visits: Vec::new(),
             layers,
         };
-        let (Some(&first), Some(&last)) = (self.spec.layers.first(), self.spec.layers.last()) else {
-            return Ok(run);
-        };
+        let Some(&first) = self.spec.layers.first() else { return Ok(run) };
         let chunks = cut(pass, &self.spec);
         let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
         let rope = self.backend.rope_table(&self.inv_freq, longest)?;
         run.tokens = pass.ids.len() as u64;
         run.samples = chunks.iter().map(|chunk| chunk.num_samples() as u64).sum();
-        let end = if self.spec.gradients { layers } else { last + 1 };
+        let end = self.spec.visited_layers(layers);
 
         self.model.enter(self.backend, Stage::Embed, Some(Stage::Layer(0)))?;
         let mut streams = Vec::with_capacity(chunks.len());
@@ -166,6 +173,7 @@ impl<'a, B: Backend> Engine<'a, B> {
                 self.layer_forward(&rope, layer, stream, sink)?;
             }
             run.visits.push((layer, started, self.backend.mark()?));
+            self.keep_up(&run)?;
         }
         if !self.spec.gradients {
             self.model.leave(self.backend, before, None)?;
@@ -183,9 +191,17 @@ impl<'a, B: Backend> Engine<'a, B> {
                 self.layer_backward(&rope, layer, stream, sink)?;
             }
             run.visits.push((layer, started, self.backend.mark()?));
+            self.keep_up(&run)?;
         }
         self.model.leave(self.backend, before, None)?;
         Ok(run)
+    }
+
+    /// Waits until the device is at most [`AHEAD`] layers behind: enough to keep it busy, and little to wait for when
+    /// somebody asks to stop.
+    fn keep_up(&self, run: &PassRun<B>) -> Result<()> {
+        let mark = run.visits.len().checked_sub(1 + AHEAD).map(|visit| &run.visits[visit].2);
+        mark.map_or(Ok(()), |mark| self.backend.wait(mark))
     }
 
     /// From one stage to the next: its weights, and room for those of the stage after it.
@@ -295,13 +311,15 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 }
 
-/// Cuts a pass into chunks of whole samples, greedily in order.
+/// Cuts a pass into chunks of whole samples, in order: as few as the longest chunk allows, of about the same size.
 fn cut(pass: &Pass, spec: &EngineSpec) -> Vec<Chunk> {
+    let most = spec.chunk_tokens.max(1);
+    let even = pass.ids.len().div_ceil(pass.ids.len().div_ceil(most).max(1));
     let mut chunks: Vec<Chunk> = Vec::new();
     for (sample, pair) in pass.cu_seqlens.windows(2).enumerate() {
         let (start, end) = (pair[0], pair[1]);
-        let fits = chunks.last().is_some_and(|c| c.num_tokens() + end - start <= spec.chunk_tokens);
-        if !fits {
+        let fits = |chunk: &Chunk| chunk.num_tokens() < even && chunk.num_tokens() + end - start <= most;
+        if !chunks.last().is_some_and(fits) {
             chunks.push(Chunk { cu_seqlens: vec![0], ..Chunk::default() });
         }
         let Some(chunk) = chunks.last_mut() else { continue };

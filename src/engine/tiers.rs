@@ -3,6 +3,7 @@
 
 use crate::backend::{Backend, Weights};
 use crate::error::Result;
+use crate::interrupt::Interrupt;
 use crate::model::op::{Block, Weight};
 use crate::model::{Packed, Program, Tensor};
 
@@ -29,12 +30,23 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Lays out the model; layers below `resident_layers` keep their weights once they are loaded, and so do embedding
-    /// and head if all layers do.
-    pub fn new(program: Program<B::Fused>, tensors: &[Tensor], resident_layers: usize) -> Self {
-        let mut stays = vec![resident_layers >= program.blocks.len(); program.weights.len()];
-        for weight in program.blocks.iter().take(resident_layers).flat_map(Block::weights) {
-            stays[weight.0] = true;
+    /// Lays out the model, of which the first `visited` layers run, and the head where `head` says so. Layers below
+    /// `resident_layers` keep their weights once they are loaded, and so do embedding and head if all layers do.
+    pub fn new(
+        program: Program<B::Fused>,
+        tensors: &[Tensor],
+        resident_layers: usize,
+        visited: usize,
+        head: bool,
+    ) -> Self {
+        let mut stays = vec![false; program.weights.len()];
+        let mut stay = |block: &Block<B::Fused>| block.weights().iter().for_each(|w| stays[w.0] = true);
+        program.blocks[..visited].iter().take(resident_layers).for_each(&mut stay);
+        if resident_layers >= visited {
+            stay(&program.embed);
+        }
+        if resident_layers >= visited && head {
+            stay(&program.head);
         }
         let weights = Weights(program.weights.iter().map(|_| None).collect());
         Self { program, weights, tensors: tensors.to_vec(), stays, coming: Vec::new() }
@@ -79,15 +91,12 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Loads everything that stays.
-    pub fn load_resident(&mut self, backend: &B) -> Result<()> {
-        let blocks =
-            [&self.program.embed].into_iter().chain(&self.program.blocks).chain([&self.program.head]);
-        let mut weights: Vec<Weight> = blocks.flat_map(Block::weights).collect();
-        weights.retain(|weight| self.stays[weight.0]);
-        for weight in weights {
-            if self.weights.0[weight.0].is_none() {
-                self.bring(backend, weight)?;
+    /// Loads everything that stays, as long as nobody asks to stop.
+    pub fn load_resident(&mut self, backend: &B, interrupt: &Interrupt) -> Result<()> {
+        for number in 0..self.stays.len() {
+            interrupt.check()?;
+            if self.stays[number] && self.weights.0[number].is_none() {
+                self.bring(backend, Weight(number))?;
             }
         }
         Ok(())

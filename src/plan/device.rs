@@ -5,8 +5,10 @@ use crate::backend::cuda::device::MIN_COMPUTE_CAPABILITY;
 use crate::backend::cuda::{self, CudaLower, CudaSpec, DeviceInfo, DeviceName, Format, ModuleSpec, Nvrtc};
 use crate::cli::{DtypeArg, MachineArgs};
 use crate::error::{Error, Result};
+use crate::model::Spec;
 use crate::units::size;
 
+use super::machine::GIB;
 use super::memory::{self, Demand, Memory};
 
 /// Where passes are computed.
@@ -17,12 +19,12 @@ pub enum Devices {
     Cuda {
         /// What to open.
         devices: Vec<CudaSpec>,
+        /// As the driver calls them.
+        names: Vec<String>,
         /// How the model runs there.
         lower: CudaLower,
     },
 }
-
-const GIB: f64 = (1u64 << 30) as f64;
 
 impl Devices {
     /// What `machine` names; on `auto`, what is missing for a CUDA device that is there goes to `warnings`.
@@ -43,6 +45,7 @@ impl Devices {
                 .collect(),
         };
         let all = cuda::devices().map_err(|error| error.at("--device"))?;
+        check_alike(&all, &ordinals)?;
         let format = match machine.dtype {
             DtypeArg::Float32 => Format::F32,
             DtypeArg::Auto | DtypeArg::Bfloat16 => Format::Bf16,
@@ -54,8 +57,9 @@ impl Devices {
             Ok(CudaSpec { ordinal, budget_bytes, modules: modules.clone() })
         };
         let devices = ordinals.iter().map(device).collect::<Result<_>>()?;
+        let names = ordinals.iter().map(|&ordinal| all[ordinal].name.clone()).collect();
         Nvrtc::load()?;
-        Ok(Self::Cuda { devices, lower: CudaLower { format, fuse: true } })
+        Ok(Self::Cuda { devices, names, lower: CudaLower { format, fuse: true } })
     }
 
     fn cpu(machine: &MachineArgs) -> Result<Self> {
@@ -85,6 +89,14 @@ impl Devices {
         }
     }
 
+    /// What the driver calls them, if there is a driver.
+    pub fn names(&self) -> Option<&[String]> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda { names, .. } => Some(names),
+        }
+    }
+
     /// The type of what products read, as metadata names it.
     pub fn dtype(&self) -> &'static str {
         match self {
@@ -93,12 +105,21 @@ impl Devices {
         }
     }
 
+    /// What becomes of weights that are stored more finely than they are multiplied; `finer`: their type.
+    pub(super) fn rounding(&self, finer: &str) -> Option<String> {
+        let Self::Cuda { lower: CudaLower { format: Format::Bf16, .. }, .. } = self else { return None };
+        Some(format!("weights in {finer} are rounded to bfloat16 on the device; --dtype float32 keeps them"))
+    }
+
     /// How the model is made to fit; `demand` is for the CPU, whose budget it names.
     ///
     /// # Errors
     /// A device that is too small for the smallest way to run.
     pub(super) fn plan(&self, demand: &Demand<'_>) -> Result<Memory> {
-        let Self::Cuda { devices, lower } = self else { return Ok(memory::plan(&Cpu::<f32>::new(), demand)) };
+        let Self::Cuda { devices, lower, .. } = self else {
+            return Ok(memory::plan(&Cpu::<f32>::new(), demand));
+        };
+        check_shapes(demand.spec, demand.head_dim)?;
         // All devices do the same, so the smallest decides.
         let budget_bytes = devices.iter().filter_map(|device| device.budget_bytes).min().unwrap_or(0);
         let memory = memory::plan(lower, &Demand { budget_bytes, slow_weights: false, ..demand.clone() });
@@ -110,6 +131,21 @@ impl Devices {
             .expected(format!("room for {} or more", size(memory.total_bytes())))
             .found(format!("a budget of {}; even layer by layer the run takes {memory}", size(budget_bytes),))
             .hint("a larger --device_memory, a smaller --max_length or --tokens_per_pass, or --device cpu"))
+    }
+}
+
+/// What the kernels cannot hold.
+fn check_shapes(spec: &Spec, head_dim: usize) -> Result<()> {
+    let widths = spec.blocks.iter().flat_map(|block| &block.widths).copied();
+    let widest = widths.chain([spec.vocab_size]).max().unwrap_or(0);
+    let limits = [("head dimension", head_dim, 256), ("layer or vocabulary", widest, (1 << 24) - 1)];
+    match limits.into_iter().find(|(_, size, most)| size > most) {
+        None => Ok(()),
+        Some((what, size, most)) => Err(Error::new(format!("the CUDA kernels do not take this {what}"))
+            .at("config.json")
+            .expected(format!("at most {most}"))
+            .found(size)
+            .hint("--device cpu")),
     }
 }
 
@@ -128,19 +164,55 @@ fn names(list: &str) -> Result<Vec<DeviceName>> {
     Ok(names)
 }
 
-/// The first CUDA device with all that it needs.
+/// Several devices that would not compute the same bytes.
+fn check_alike(all: &[DeviceInfo], ordinals: &[usize]) -> Result<()> {
+    let infos: Vec<&DeviceInfo> = ordinals.iter().filter_map(|&ordinal| all.get(ordinal)).collect();
+    let Some(other) = infos.iter().find(|info| info.compute_capability != infos[0].compute_capability) else {
+        return Ok(());
+    };
+    let about = |info: &DeviceInfo| {
+        let (major, minor) = info.compute_capability;
+        format!("cuda:{} {} of {major}.{minor}", info.ordinal, info.name)
+    };
+    Err(Error::usage("these devices do not go together")
+        .at("--device")
+        .expected(
+            "devices of one compute capability: others round differently, and the slowest sets the pace",
+        )
+        .found(format!("{} and {}", about(infos[0]), about(other))))
+}
+
+/// The first CUDA device with all that it needs. That there is one which lacks something goes to `warnings`.
 fn usable(machine: &MachineArgs, warnings: &mut Vec<String>) -> Result<Option<usize>> {
-    let new_enough = |info: &&DeviceInfo| info.compute_capability >= MIN_COMPUTE_CAPABILITY;
-    let all = cuda::devices().unwrap_or_default();
-    let Some(info) = all.iter().find(new_enough) else { return Ok(None) };
-    match Nvrtc::load() {
-        Ok(_) => Ok(Some(info.ordinal)),
-        // Whoever asks for what only a CUDA device has means it.
-        Err(error) if machine.device_memory.is_some() || machine.dtype == DtypeArg::Bfloat16 => Err(error),
+    // Whoever asks for what only a CUDA device has means one.
+    let meant = machine.device_memory.is_some() || machine.dtype == DtypeArg::Bfloat16;
+    let all = match cuda::devices() {
+        Ok(all) => all,
+        Err(error) if meant => return Err(error.at("--device")),
+        // No driver, no device: nothing to say.
+        Err(_) if !cuda::device::driver_is_there() => return Ok(None),
         Err(error) => {
+            warnings.push(format!("computing on the CPU, though there is a CUDA driver: {error}"));
+            return Ok(None);
+        }
+    };
+    let Some(first) = all.first() else { return Ok(None) };
+    let new_enough = |info: &&DeviceInfo| info.compute_capability >= MIN_COMPUTE_CAPABILITY;
+    let found = all.iter().find(new_enough).map(|info| info.ordinal);
+    match (found, Nvrtc::load()) {
+        (Some(ordinal), Ok(_)) => Ok(Some(ordinal)),
+        (Some(_), Err(error)) if meant => Err(error),
+        (found, nvrtc) => {
+            let reason = match (found, nvrtc) {
+                (Some(_), Err(error)) => error.to_string(),
+                _ => {
+                    let (major, minor) = first.compute_capability;
+                    format!("its compute capability is {major}.{minor}, and 8.0 is needed")
+                }
+            };
             warnings.push(format!(
-                "computing on the CPU, though cuda:{} ({}) is there: {error}",
-                info.ordinal, info.name
+                "computing on the CPU, though cuda:{} ({}) is there: {reason}",
+                first.ordinal, first.name
             ));
             Ok(None)
         }

@@ -2,6 +2,9 @@
 
 use crate::error::{Context, Result};
 
+/// 2³⁰ bytes.
+pub(super) const GIB: f64 = (1u64 << 30) as f64;
+
 /// Bytes of memory that are free now, inside the limits of the control group a cluster job runs in.
 pub(super) fn free_memory() -> Result<u64> {
     let mut system = sysinfo::System::new().context("cannot tell how much memory is free")?;

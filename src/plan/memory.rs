@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
-use crate::model::op::{Block, Fused, Op, Site};
+use crate::model::op::{Block, Fused, Op, Site, Weight};
 use crate::model::{Program, Spec};
 use crate::units::size;
 
@@ -63,6 +63,8 @@ pub struct Demand<'a> {
     pub spec: &'a Spec,
     /// Layers, and whether gradients are wanted.
     pub engine: &'a EngineSpec,
+    /// Hd.
+    pub head_dim: usize,
     /// `--tokens_per_pass`.
     pub tokens_per_pass: Option<usize>,
     /// `--max_length`: no sample is longer, and a sample is never cut.
@@ -94,12 +96,14 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     }
     let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
     let peak = peak_bytes(backend, &program, gradients);
+    let constant = backend.statistics_bytes(spec, demand.engine.layers.len(), gradients)
+        + backend.rope_bytes(spec.inv_freq.len(), longest);
     let workspace = |chunk: usize| {
         let loss = match gradients {
             true => backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk),
             false => 0,
         };
-        chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss
+        constant + chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss
     };
     let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
@@ -114,7 +118,7 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     };
     let all_recompute = backward.end;
 
-    let weights = WeightBytes::of(backend, spec, &program);
+    let weights = WeightBytes::of(backend, spec, &program, demand.engine);
     let least_pass = demand.tokens_per_pass.unwrap_or(1);
     let least = |chunk_tokens: usize| {
         let pass = least_pass.max(of_chunk(chunk_tokens)).min(needed);
@@ -133,7 +137,7 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
 
     // The smallest pass that is worth it: shrink before giving up kept activations only where the inputs
     // of the layers alone do not fit.
-    let streamed = demand.slow_weights || resident_layers < layers;
+    let streamed = demand.slow_weights || resident_layers < demand.engine.visited_layers(layers);
     let default = if streamed { streamed_pass_tokens } else { pass_tokens };
     let mut tokens = demand.tokens_per_pass.unwrap_or(default).max(1);
     if demand.tokens_per_pass.is_none() {
@@ -166,7 +170,7 @@ struct WeightBytes {
 }
 
 impl WeightBytes {
-    fn of<L: Lower>(backend: &L, spec: &Spec, program: &Program<L::Fused>) -> Self {
+    fn of<L: Lower>(backend: &L, spec: &Spec, program: &Program<L::Fused>, engine: &EngineSpec) -> Self {
         let each: Vec<u64> = program
             .weights
             .iter()
@@ -177,11 +181,17 @@ impl WeightBytes {
             })
             .collect();
         let of = |block: &Block<L::Fused>| block.weights().iter().map(|weight| each[weight.0]).sum::<u64>();
+        let visited = &program.blocks[..engine.visited_layers(program.blocks.len())];
+        let head = if engine.gradients { of(&program.head) } else { 0 };
+        let mut all: Vec<Weight> = visited.iter().chain([&program.embed]).flat_map(Block::weights).collect();
+        all.extend(if engine.gradients { program.head.weights() } else { Vec::new() });
+        all.sort_unstable();
+        all.dedup();
         Self {
             embed: of(&program.embed),
-            layers: program.blocks.iter().map(of).collect(),
-            head: of(&program.head),
-            all: each.iter().sum(),
+            layers: visited.iter().map(of).collect(),
+            head,
+            all: all.iter().map(|weight| each[weight.0]).sum(),
         }
     }
 
@@ -209,7 +219,7 @@ fn kept_bytes<L: Lower>(backend: &L, block: &Block<L::Fused>) -> u64 {
     bytes.iter().zip(block.saved(0)).filter(|(_, saved)| *saved).map(|(&bytes, _)| bytes as u64).sum()
 }
 
-/// Most bytes per token that the slots of one block hold at a time, values and gradients.
+/// Most bytes per token that the slots of one block hold at a time, values and gradients, and what its ops need besides.
 fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: bool) -> u64 {
     let peak = |block: &Block<L::Fused>| {
         let bytes = backend.slot_bytes(block);
@@ -218,19 +228,25 @@ fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: boo
             end = block.tap(Site::Mlp).map_or(end, |tap| tap + 1);
         }
         let last = block.last_uses(end);
-        let live = |index: usize| -> u64 {
+        let of = |slots: &dyn Fn(usize) -> bool| -> u64 {
+            (0..bytes.len()).filter(|&slot| slots(slot)).map(|slot| bytes[slot] as u64).sum()
+        };
+        let forward = (0..end).map(|index| {
+            // What nothing reads is there while it is written.
             let alive = |slot: usize| {
-                // What nothing reads is there while it is written.
                 written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
             };
-            (0..bytes.len()).filter(|&slot| alive(slot)).map(|slot| bytes[slot] as u64).sum()
-        };
-        let forward = (0..end).map(live).max().unwrap_or(0);
-        // On the way back the saved values stay and the widest gradients pass by: those of an op's inputs
-        // and output.
-        let grads = block.ops.iter().map(|op| op.inputs().iter().map(|s| bytes[s.0] as u64).sum::<u64>());
-        let backward = kept_bytes(backend, block) + 2 * grads.max().unwrap_or(0);
-        if gradients { forward.max(backward) } else { forward }
+            of(&alive) + backend.temporary_bytes(block, index)[0]
+        });
+        // On the way back the saved values stay, and a gradient lives from the last reader of its slot to its writer.
+        let backward = (0..block.ops.len()).map(|index| {
+            let alive = |slot: usize| {
+                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
+            };
+            kept_bytes(backend, block) + of(&alive) + backend.temporary_bytes(block, index)[1]
+        });
+        let forward = forward.max().unwrap_or(0);
+        if gradients { forward.max(backward.max().unwrap_or(0)) } else { forward }
     };
     program.blocks.iter().map(peak).max().unwrap_or(0)
 }
@@ -275,6 +291,7 @@ mod tests {
         Demand {
             spec,
             engine,
+            head_dim: 16,
             tokens_per_pass: None,
             max_length: 128,
             max_positions: 2048,

@@ -26,7 +26,7 @@ pub use preload::preload;
 use crate::cli::{AggregateBy, DemoArgs, LayerArgs, ModelArgs, TextArgs};
 use crate::engine::{EngineSpec, LossReduction};
 use crate::error::{Error, Result};
-use crate::model::{Config, Spec, Tensor, describe};
+use crate::model::{Config, Dtype, Spec, Tensor, describe};
 use crate::output::folder::{FolderName, layers_label};
 use crate::output::{OutputSpec, Target};
 use crate::source::{PassSpec, TextSpec, Texts, Tokens};
@@ -34,7 +34,7 @@ use crate::stats::Direction;
 use crate::transform::{AggregationMode, NormaliseMode, TransformSpec, power};
 use checkpoint::ModelFiles;
 use corpus::Corpus;
-use machine::{free_memory, num_cores};
+use machine::{GIB, free_memory, num_cores};
 
 /// A layer analysis, ready to run: every stage's input, and what the user should know before it starts.
 pub struct Plan {
@@ -230,6 +230,8 @@ impl Plan {
                 ));
             }
         }
+        let finer = tensors.iter().find(|tensor| tensor.dtype != Dtype::BF16 && tensor.shape.len() > 1);
+        notes.extend(finer.and_then(|tensor| devices.rounding(&tensor.dtype.to_string())));
         if args.max_length > config.max_position_embeddings {
             warnings.push(format!(
                 "--max_length {} is beyond the {} positions the model was made for",
@@ -252,6 +254,7 @@ impl Plan {
         let memory = devices.plan(&memory::Demand {
             spec: &spec,
             engine: &engine,
+            head_dim: config.head_dim,
             tokens_per_pass: args.tokens_per_pass,
             max_length: args.max_length,
             max_positions: config.max_position_embeddings,
@@ -344,7 +347,6 @@ fn at_most_int(flag: &str, value: usize) -> Result<()> {
 
 /// Bytes for activations: as given, or half of what is free.
 fn budget(gib: Option<f64>, free_bytes: u64) -> Result<u64> {
-    const GIB: f64 = (1u64 << 30) as f64;
     match gib {
         None => Ok(free_bytes / 2),
         Some(gib) if gib.is_finite() && gib > 0.0 => Ok((gib * GIB) as u64),

@@ -138,7 +138,7 @@ impl Plan {
         let (name, dtype) = (self.devices.name(), self.devices.dtype());
         match self.devices {
             Devices::Cpu => format!("{name}, {} threads, {dtype}", self.threads),
-            Devices::Cuda { .. } => format!("{name}, {dtype}"),
+            Devices::Cuda { ref names, .. } => format!("{name} ({}), {dtype}", names.join(", ")),
         }
     }
 

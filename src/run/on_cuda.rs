@@ -2,6 +2,7 @@
 //! the same for any number of devices.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
@@ -13,7 +14,7 @@ use crate::interrupt::Interrupt;
 use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
 use crate::source::Pass;
-use crate::stats::MomentSink;
+use crate::stats::{LayerMoments, MomentSink};
 
 /// What a device's thread is given.
 struct Job {
@@ -47,6 +48,9 @@ pub(super) struct OnCuda {
     early: BTreeMap<u64, (PassTotals, Layers)>,
     totals: Totals,
     layers: Layers,
+    /// Stops the other devices when one has failed.
+    stop: Interrupt,
+    finished: bool,
 }
 
 impl OnCuda {
@@ -61,6 +65,7 @@ impl OnCuda {
         interrupt: &Interrupt,
     ) -> Result<Self> {
         let (answer, answers) = channel();
+        let stop = Interrupt::new();
         let mut passes = Vec::new();
         let mut threads = Vec::new();
         for device in devices {
@@ -72,15 +77,18 @@ impl OnCuda {
                 spec: plan.spec.clone(),
                 tensors: plan.tensors.clone(),
                 engine: plan.engine.clone(),
-                interrupt: interrupt.clone(),
+                interrupt: interrupt.or(&stop),
                 planned: plan.memory.to_string(),
             };
             let answer = answer.clone();
             let thread = std::thread::Builder::new().name(format!("cuda:{}", device.ordinal));
+            // What a panic leaves behind is not looked at again.
             let thread = thread.spawn(move || {
-                if let Err(error) = job.run(&receiver, &answer) {
-                    // Nobody listens where another device has failed.
-                    let _ = answer.send(Answer::Failed(error));
+                if catch_unwind(AssertUnwindSafe(|| job.run(&receiver, &answer))).is_err() {
+                    let error =
+                        Error::new("the thread of a device has panicked: this is a mistake in gradlens")
+                            .hint("the message before this one says where; --device cpu may get round it");
+                    send(&answer, Answer::Failed(error));
                 }
             });
             threads.push(
@@ -88,6 +96,8 @@ impl OnCuda {
             );
             passes.push(sender);
         }
+        // The threads' own are left: when all have ended, nobody is waited for.
+        drop(answer);
         let mut work = Self {
             passes: Some(passes),
             answers,
@@ -97,13 +107,15 @@ impl OnCuda {
             early: BTreeMap::new(),
             totals: Totals::default(),
             layers: Layers::new(),
+            stop,
+            finished: false,
         };
         let mut ready = 0;
         while ready < devices.len() {
             match work.answers.recv() {
                 Ok(Answer::Ready) => ready += 1,
                 Ok(answer) => work.take_in(answer)?,
-                Err(_) => return Err(work.lost()),
+                Err(_) => return Err(lost()),
             }
         }
         Ok(work)
@@ -126,17 +138,16 @@ impl OnCuda {
         }
         Ok(())
     }
+}
 
-    /// A thread that ended without a word has panicked.
-    fn lost(&mut self) -> Error {
-        self.passes = None;
-        for thread in self.threads.drain(..) {
-            if let Err(panic) = thread.join() {
-                std::panic::resume_unwind(panic);
-            }
-        }
-        Error::new("a device's thread ended early")
-    }
+/// The threads have ended, and none has said why.
+fn lost() -> Error {
+    Error::new("a device's thread ended early")
+}
+
+/// Sends unless nobody listens any more, as after the failure of another device.
+fn send(answers: &Sender<Answer>, answer: Answer) {
+    let _ = answers.send(answer);
 }
 
 impl Work for OnCuda {
@@ -144,14 +155,15 @@ impl Work for OnCuda {
         while let Ok(answer) = self.answers.try_recv() {
             self.take_in(answer)?;
         }
-        let Some(passes) = &self.passes else { return Err(self.lost()) };
+        let Some(passes) = &self.passes else { return Err(lost()) };
         let device = (self.sent % passes.len() as u64) as usize;
         if passes[device].send((self.sent, pass)).is_err() {
-            // Why it ended is among the answers.
+            // Why it ended is among the answers; the others end when there are no more passes.
+            self.passes = None;
             while let Ok(answer) = self.answers.recv() {
                 self.take_in(answer)?;
             }
-            return Err(self.lost());
+            return Err(lost());
         }
         self.sent += 1;
         Ok(())
@@ -166,17 +178,22 @@ impl Work for OnCuda {
         while self.added < self.sent {
             match self.answers.recv() {
                 Ok(answer) => self.take_in(answer)?,
-                Err(_) => return Err(self.lost()),
+                Err(_) => return Err(lost()),
             }
         }
+        self.finished = true;
+        self.layers.values_mut().for_each(LayerMoments::round);
         Ok(std::mem::take(&mut self.layers))
     }
 }
 
 impl Drop for OnCuda {
     fn drop(&mut self) {
-        // Devices are closed before the process ends.
+        // Devices are closed before the process ends; on a failure nobody finishes a pass for nothing.
         self.passes = None;
+        if !self.finished {
+            self.stop.request();
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -184,32 +201,59 @@ impl Drop for OnCuda {
 }
 
 impl Job {
-    fn run(self, passes: &Receiver<(u64, Pass)>, answer: &Sender<Answer>) -> Result<()> {
+    /// Opens the device and computes passes until there are no more. What fails is among the answers.
+    fn run(self, passes: &Receiver<(u64, Pass)>, answers: &Sender<Answer>) {
         let Self { device, lower, spec, tensors, engine, interrupt, planned } = self;
-        let backend = CudaBackend::open(device, lower)?.planned_for(planned);
-        let (layers, width) = (engine.layers.clone(), spec.hidden_size);
-        let mut engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
-        engine.load()?;
-        let send = |ran: Ran| -> Result<()> {
-            let (number, run, mut sink) = ran;
-            let layers = sink.read(&backend)?;
-            // Nobody listens where another device has failed.
-            let _ = answer.send(Answer::Pass(number, run.settle(&backend)?, layers));
-            Ok(())
+        let ordinal = device.ordinal;
+        let failed = |error: Error| send(answers, Answer::Failed(error.at(format!("cuda:{ordinal}"))));
+        let backend = match CudaBackend::open(device, lower) {
+            Ok(backend) => backend.planned_for(planned),
+            Err(error) => return failed(error),
         };
-        let _ = answer.send(Answer::Ready);
+        let (layers, width) = (engine.layers.clone(), spec.hidden_size);
+        let engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
+        let mut worker = Worker { backend: &backend, engine, layers, width, answers };
+        if let Err(error) = worker.work(passes) {
+            // Before the device is closed, which waits for what it is at.
+            failed(error);
+        }
+    }
+}
+
+/// A device with the model on it.
+struct Worker<'a> {
+    backend: &'a CudaBackend,
+    engine: Engine<'a, CudaBackend>,
+    layers: Vec<usize>,
+    width: usize,
+    answers: &'a Sender<Answer>,
+}
+
+impl Worker<'_> {
+    fn work(&mut self, passes: &Receiver<(u64, Pass)>) -> Result<()> {
+        self.engine.load()?;
+        send(self.answers, Answer::Ready);
         // A pass is read back when the next one is under way.
         let mut before: Option<Ran> = None;
         while let Some((number, pass)) = next(passes, before.is_some()) {
-            let Some(pass) = pass else {
-                before.take().map(&send).transpose()?;
-                continue;
+            let ran = match pass {
+                None => before.take(),
+                Some(pass) => {
+                    let mut sink = MomentSink::new(&self.layers, self.width);
+                    let run = self.engine.run(&pass, &mut sink)?;
+                    before.replace((number, run, sink))
+                }
             };
-            let mut sink = MomentSink::new(&layers, width);
-            let run = engine.run(&pass, &mut sink)?;
-            before.replace((number, run, sink)).map(&send).transpose()?;
+            self.answer(ran)?;
         }
-        before.map(&send).transpose()?;
+        self.answer(before)
+    }
+
+    /// Reads back what was asked for.
+    fn answer(&self, ran: Option<Ran>) -> Result<()> {
+        let Some((number, run, mut sink)) = ran else { return Ok(()) };
+        let layers = sink.read(self.backend)?;
+        send(self.answers, Answer::Pass(number, run.settle(self.backend)?, layers));
         Ok(())
     }
 }

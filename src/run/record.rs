@@ -119,6 +119,7 @@ fn facts(
         "gradlens_version": env!("CARGO_PKG_VERSION"),
         "architecture": plan.config.model_type,
         "site": Site::Mlp.name(),
+        "device_names": plan.devices.names(),
         "dtype": plan.devices.dtype(),
         "loss_reduction": plan.engine.loss_reduction.name(),
         "loss_nats_per_token": loss,

@@ -62,7 +62,7 @@ impl Work for OnCpu<'_> {
 /// # Errors
 /// A device that cannot be opened or has no room for the model.
 pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -> Result<Box<dyn Work + 'a>> {
-    if let Devices::Cuda { devices, lower } = &plan.devices {
+    if let Devices::Cuda { devices, lower, .. } = &plan.devices {
         return Ok(Box::new(OnCuda::start(plan, devices, *lower, interrupt)?));
     }
     let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());

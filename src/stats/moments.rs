@@ -37,6 +37,13 @@ impl LayerMoments {
         }
     }
 
+    /// Rounds sums that parts were added to.
+    pub fn round(&mut self) {
+        let Self { values, gradients, values_at_0, gradients_at_0 } = self;
+        let all = [values, gradients, values_at_0, gradients_at_0];
+        all.into_iter().flatten().for_each(Moments::round);
+    }
+
     /// The sums of one direction, if they were collected.
     pub fn get(&self, direction: Direction) -> Option<&Moments> {
         match direction {

@@ -146,6 +146,18 @@ impl<T: Element> Lower for Cpu<T> {
         0
     }
 
+    fn temporary_bytes(&self, _: &Block, _: usize) -> [u64; 2] {
+        [0, 0]
+    }
+
+    fn statistics_bytes(&self, _: &Spec, _: usize, _: bool) -> u64 {
+        0
+    }
+
+    fn rope_bytes(&self, _: usize, _: usize) -> u64 {
+        0
+    }
+
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
         loss::workspace_elements(vocab_size, hidden_size, tokens) * size_of::<T>() as u64
     }
@@ -168,6 +180,10 @@ impl<T: Element> Backend for Cpu<T> {
 
     fn mark(&self) -> Result<Instant> {
         Ok(Instant::now())
+    }
+
+    fn wait(&self, _: &Instant) -> Result<()> {
+        Ok(())
     }
 
     fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64> {

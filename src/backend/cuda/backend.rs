@@ -135,6 +135,18 @@ impl Lower for CudaBackend {
         self.lower.weight_bytes(shapes)
     }
 
+    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
+        self.lower.temporary_bytes(block, index)
+    }
+
+    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64 {
+        self.lower.statistics_bytes(spec, layers, gradients)
+    }
+
+    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
+        self.lower.rope_bytes(pairs, positions)
+    }
+
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
         self.lower.loss_workspace_bytes(vocab_size, hidden_size, tokens)
     }
@@ -159,6 +171,10 @@ impl Backend for CudaBackend {
         let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         let event = self.cuda.device.compute.record_event(timed);
         event.map_err(|error| driver_failed("could not mark a moment", error))
+    }
+
+    fn wait(&self, mark: &CudaEvent) -> Result<()> {
+        mark.synchronize().map_err(|error| driver_failed("reports a failure", error))
     }
 
     fn seconds_between(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64> {
@@ -364,11 +380,11 @@ impl Backend for CudaBackend {
         &self,
         op: &Fused,
         scope: &Scope<'_, Self>,
-        kept: &[bool],
+        wanted: &[bool],
         slots: &mut [Option<Tensor>],
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
-        self.fused_forward(op, scope, kept, slots, on_tap)
+        self.fused_forward(op, scope, wanted, slots, on_tap)
     }
 
     fn fused_backward(

@@ -51,20 +51,6 @@ impl fmt::Display for DeviceName {
     }
 }
 
-impl DeviceName {
-    /// What `Auto` stands for on this machine; the others stand for themselves.
-    pub fn resolve(self) -> Self {
-        let usable = |info: &DeviceInfo| info.compute_capability >= MIN_COMPUTE_CAPABILITY;
-        match self {
-            Self::Auto => match devices().ok().and_then(|all| all.into_iter().find(usable)) {
-                Some(info) => Self::Cuda(info.ordinal),
-                None => Self::Cpu,
-            },
-            named => named,
-        }
-    }
-}
-
 /// Tensor cores with bfloat16, and cp.async.
 pub const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
@@ -145,10 +131,15 @@ fn check(all: &[DeviceInfo], ordinal: usize) -> Result<&DeviceInfo> {
 /// CUDA 12.0, the first with all functions that are used here, as the driver says it.
 const MIN_DRIVER: i32 = 12_000;
 
+/// Whether this machine has the driver's library.
+pub fn driver_is_there() -> bool {
+    // SAFETY: dlopen of the CUDA driver by its usual names; its initialisers have no preconditions.
+    unsafe { sys::is_culib_present() }
+}
+
 /// cudarc panics when the library or one of its functions is missing, so nothing of it is called before this.
 fn driver_present() -> Result<()> {
-    // SAFETY: dlopen of the CUDA driver by its usual names; its initialisers have no preconditions.
-    if !unsafe { sys::is_culib_present() } {
+    if !driver_is_there() {
         return Err(Error::new("there is no CUDA driver on this machine")
             .expected("libcuda.so, which comes with NVIDIA's driver")
             .hint("--device cpu; on a cluster, ask for a node with a GPU"));

@@ -44,13 +44,13 @@ impl CudaBackend {
         &self,
         op: &Fused,
         scope: &Scope<'_, Self>,
-        kept: &[bool],
+        wanted: &[bool],
         slots: &mut [Option<Tensor>],
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         match self.lower.format {
-            Format::F32 => self.forward_in::<f32>(op, scope, kept, slots, on_tap),
-            Format::Bf16 => self.forward_in::<half::bf16>(op, scope, kept, slots, on_tap),
+            Format::F32 => self.forward_in::<f32>(op, scope, wanted, slots, on_tap),
+            Format::Bf16 => self.forward_in::<half::bf16>(op, scope, wanted, slots, on_tap),
         }
     }
 
@@ -72,7 +72,7 @@ impl CudaBackend {
         &self,
         op: &Fused,
         scope: &Scope<'_, Self>,
-        kept: &[bool],
+        wanted: &[bool],
         slots: &mut [Option<Tensor>],
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
@@ -90,7 +90,7 @@ impl CudaBackend {
                 let qkv = A::of(there(slots, qkv));
                 let (attended, sums) = cuda.attention_forward(qkv, &attention.spec(), &scope.chunk.work)?;
                 slots[out.0] = Some(A::tensor(attended));
-                slots[lse.0] = kept[lse.0].then(|| sums.into());
+                slots[lse.0] = wanted[lse.0].then(|| sums.into());
             }
             Fused::LinearAdd { x, weight, bias, out, ref residual } => {
                 let x = A::of(there(slots, x)).share();
@@ -112,10 +112,13 @@ impl CudaBackend {
                     matrix(gate_up_weight),
                     vector(gate_up_bias),
                     activation.into(),
-                    kept[gate_up.0],
+                    wanted[gate_up.0],
                 )?;
                 slots[gate_up.0] = parts.map(A::tensor);
+                let product = residual.as_ref().map_or(out, |residual| residual.sum);
                 match residual {
+                    // Gate and up alone are computed again on the way back.
+                    _ if !wanted[product.0] => {}
                     Some(residual) => {
                         let (weight, bias) = (matrix(weight), vector(bias));
                         self.add_product(&hidden, weight, bias, residual, out, slots, on_tap)?;

@@ -8,6 +8,8 @@
 //! | linear, (tap,) residual addition | one product with the addition in its epilogue |
 
 use super::Format;
+use super::loss::STRIP;
+use super::stats::{PARTIALS_BYTES, SUMS_BYTES};
 use crate::backend::{Appetite, Lower};
 use crate::model::op::{self, Attention, Block, Op, Site, Slot, Weight};
 use crate::model::{Activation, Packed, Packing, Program, Spec, Usage};
@@ -172,9 +174,36 @@ impl Lower for CudaLower {
         shapes.iter().map(bytes).sum()
     }
 
+    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
+        let narrow = self.format.pick(4, 2);
+        let width = |slot: &Slot| block.widths[slot.0];
+        // Of a gradient that comes as float32 and is multiplied in bfloat16.
+        let rounded = |out: &Slot| self.format.pick(0, 2) * width(out);
+        let [forward, backward] = match &block.ops[index] {
+            // The rows before they are rotated and rounded.
+            Op::Fused(Fused::LinearRope { out, .. }) => [4 * width(out), 0],
+            Op::Fused(Fused::LinearAdd { out, .. }) => [0, rounded(out)],
+            Op::Fused(Fused::GatedMlp { gate_up, out, .. }) => {
+                [narrow * width(gate_up) / 2, narrow * width(gate_up) + rounded(out)]
+            }
+            _ => [0, 0],
+        };
+        [forward as u64, backward as u64]
+    }
+
+    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64 {
+        // Of all tokens and of those at position 0; a pass is read back while the next one runs.
+        let sums = layers * if gradients { 2 } else { 1 } * 2 * 2;
+        spec.hidden_size as u64 * (sums * SUMS_BYTES + PARTIALS_BYTES) as u64
+    }
+
+    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
+        8 * (pairs * positions) as u64
+    }
+
     fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
         let rows = logit_rows(vocab_size).min(tokens) as u64;
-        let strips = vocab_size.div_ceil(64) as u64;
+        let strips = vocab_size.div_ceil(STRIP) as u64;
         rows * (self.format.pick(4, 2) * vocab_size as u64 + 8 * strips) + 4 * (tokens * hidden_size) as u64
     }
 

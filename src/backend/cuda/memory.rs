@@ -210,6 +210,22 @@ impl<T: Element> Buf<T> {
         Ok(Self { allocation: Arc::new(memory.alloc(bytes)?), start: 0, rows, width, element: PhantomData })
     }
 
+    /// Of zeros.
+    ///
+    /// # Errors
+    ///
+    /// As [`Buf::new`], or the driver fails.
+    pub fn zeros(memory: &Memory, rows: usize, width: usize) -> Result<Self> {
+        let buf = Self::new(memory, rows, width)?;
+        let bytes = rows * width * size_of::<T>();
+        // SAFETY: the memory is live and has this size; zero bytes are a value of every element.
+        let set = memory.stream.context().bind_to_thread().and_then(|()| unsafe {
+            sys::cuMemsetD8Async(buf.address(), 0, bytes, memory.stream.cu_stream()).result()
+        });
+        set.map_err(|error| driver_failed("could not clear memory", error))?;
+        Ok(buf)
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

@@ -13,10 +13,14 @@ const SEGMENT_ROWS: usize = 128;
 /// Segments that are summed before they are added to the sums: 256 · 16 bytes per column of partial sums, which
 /// stay in the L2 cache, however short samples are.
 const GROUP: usize = 256;
+/// Bytes of [`DeviceMoments`] per dimension.
+pub(super) const SUMS_BYTES: usize = 7 * 8;
+/// Bytes of the partial sums of a group per dimension.
+pub(super) const PARTIALS_BYTES: usize = 4 * GROUP * 4;
 
 /// [`Moments`] on a device.
 pub struct DeviceMoments {
-    /// Σ v, Σ |v|, Σ v², max |v|. `[4, width]`
+    /// Σ v, Σ |v|, Σ v², max |v|, and what is left of the first three. `[7, width]`
     sums: Buf<f64>,
     /// Tokens counted.
     count: u64,
@@ -58,7 +62,8 @@ impl DeviceMoments {
             let width = self.sums.width();
             sums[index * width..(index + 1) * width].to_vec()
         };
-        Ok(Moments { sum: row(0), sum_abs: row(1), sum_sq: row(2), max_abs: row(3), count: self.count })
+        let low = [row(4), row(5), row(6)];
+        Ok(Moments { sum: row(0), sum_abs: row(1), sum_sq: row(2), max_abs: row(3), count: self.count, low })
     }
 }
 
@@ -82,7 +87,7 @@ impl Cuda {
     ///
     /// The device's memory is exhausted, or the driver fails.
     pub fn new_moments(&self, width: usize) -> Result<DeviceMoments> {
-        let sums = Buf::from_host(&self.device.memory, &vec![0.0; 4 * width], width)?;
+        let sums = Buf::zeros(&self.device.memory, 7, width)?;
         Ok(DeviceMoments { sums, count: 0 })
     }
 
@@ -134,7 +139,7 @@ impl Cuda {
                 .arg("int width", int(width))
                 .arg("double* sums", &into.sums);
             // SAFETY: segments lie in x, which is [N, width]; partials are [4, S, width] for this group's S; its
-            // segments and its place in `lowest` exist; the sums are [4, width].
+            // segments and its place in `lowest` exist; the sums are [7, width].
             unsafe {
                 summed.on(&self.device.compute)?;
                 added.on(&self.device.compute)?;

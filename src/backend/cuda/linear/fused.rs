@@ -2,11 +2,9 @@
 
 use super::tile::{Direction, Operation, Shape, Tile};
 use super::{Product, assert_size};
+use crate::backend::cuda::loss::STRIP;
 use crate::backend::cuda::{Activation, Buf, Cuda, Real};
 use crate::error::Result;
-
-/// Columns of a strip of [`Exponentials`].
-const STRIP: usize = 64;
 
 /// 2^(z·log2 e − k) of logits z `[N, V]`, with an integer k for each row and strip of 64 columns, that of the
 /// strip's largest: everything softmax needs, in few bits.
