@@ -188,9 +188,9 @@ fn usable(machine: &MachineArgs, warnings: &mut Vec<String>) -> Result<Option<us
     let meant = machine.device_memory.is_some() || machine.dtype == DtypeArg::Bfloat16;
     let all = match cuda::devices() {
         Ok(all) => all,
-        Err(error) if meant => return Err(error.at("--device")),
         // No driver, no device: nothing to say.
         Err(_) if !cuda::device::driver_is_there() => return Ok(None),
+        Err(error) if meant => return Err(error.at("--device")),
         Err(error) => {
             warnings.push(format!("computing on the CPU, though there is a CUDA driver: {error}"));
             return Ok(None);
