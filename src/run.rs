@@ -106,7 +106,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         bar.detail(format!("{} tokens/s", thousands((done.tokens as f64 / compute_s) as u64)));
         let waiting = Instant::now();
         next = passes.next().transpose()?;
-        preparation_s += waiting.elapsed().as_secs_f64();
+        let waited_s = waiting.elapsed().as_secs_f64();
+        *(if work.goes_on() { &mut compute_s } else { &mut preparation_s }) += waited_s;
     }
     let computing = Instant::now();
     let layers = work.finish()?;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use super::work::{Layers, Work};
 use crate::backend::cuda::{CudaBackend, CudaLower, CudaSpec};
 use crate::engine::{Engine, EngineSpec, PassRun, PassTotals, Totals};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
 use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
@@ -169,6 +169,10 @@ impl Work for OnCuda {
         Ok(())
     }
 
+    fn goes_on(&self) -> bool {
+        true
+    }
+
     fn totals(&self) -> &Totals {
         &self.totals
     }
@@ -205,7 +209,13 @@ impl Job {
     fn run(self, passes: &Receiver<(u64, Pass)>, answers: &Sender<Answer>) {
         let Self { device, lower, spec, tensors, engine, interrupt, planned } = self;
         let ordinal = device.ordinal;
-        let failed = |error: Error| send(answers, Answer::Failed(error.at(format!("cuda:{ordinal}"))));
+        let failed = |error: Error| {
+            let error = match error.kind() {
+                Kind::Interrupted { .. } => error,
+                Kind::Failed | Kind::Usage => error.at(format!("cuda:{ordinal}")),
+            };
+            send(answers, Answer::Failed(error));
+        };
         let backend = match CudaBackend::open(device, lower) {
             Ok(backend) => backend.planned_for(planned),
             Err(error) => return failed(error),

@@ -22,6 +22,9 @@ pub(super) trait Work {
     /// A NaN in the model, a device that failed, an interruption: in this pass or in one before.
     fn take(&mut self, pass: Pass) -> Result<()>;
 
+    /// Whether passes are computed while the next one is waited for.
+    fn goes_on(&self) -> bool;
+
     /// What the passes that are done add up to.
     fn totals(&self) -> &Totals;
 
@@ -46,6 +49,10 @@ impl Work for OnCpu<'_> {
         self.sink.check(self.cpu)?;
         self.totals.add(&run.settle(self.cpu)?);
         Ok(())
+    }
+
+    fn goes_on(&self) -> bool {
+        false
     }
 
     fn totals(&self) -> &Totals {

@@ -1,8 +1,9 @@
 //! The program itself on the stand-in driver: what a user types.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use ndarray_npy::NpzReader;
 
@@ -11,12 +12,16 @@ use super::machine::runs_here;
 
 /// `gradlens` with these arguments in `folder`, on emulated devices of 4 GiB.
 fn gradlens(folder: &Path, arguments: &[&str]) -> Output {
+    command(folder, arguments).output().unwrap()
+}
+
+fn command(folder: &Path, arguments: &[&str]) -> Command {
     let (name, value) = cuemu::launcher::library_path().unwrap();
     let cache = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_gradlens"));
     command.args(arguments).current_dir(folder).env(name, value).env("GRADLENS_CUDA_CODE", "ptx");
     command.env("GRADLENS_CACHE", cache);
-    command.output().unwrap()
+    command
 }
 
 fn succeeds(folder: &Path, arguments: &[&str]) -> String {
@@ -153,6 +158,31 @@ fn a_plan_that_fits_is_kept() {
         }
     }
     assert!((1..20).contains(&refused), "{refused} of 24 are refused");
+}
+
+/// Between chunks, on all devices: the program stops and leaves nothing behind.
+#[test]
+fn ctrl_c_on_two_devices() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let demo = ["demo", "--device", "cuda:0,cuda:1", "--output_dir", "results"];
+    let mut child =
+        command(folder.path(), &demo).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut text = String::new();
+    while !text.contains("computing") {
+        assert!(said.read_line(&mut text).unwrap() > 0, "{text}");
+    }
+    let sent = Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    said.read_to_string(&mut text).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{text}");
+    assert!(text.contains("error: interrupted\n  found:    ") && !text.contains("panicked"), "{text}");
+    let left =
+        fs::read_dir(folder.path()).unwrap().flatten().flat_map(|entry| fs::read_dir(entry.path()).unwrap());
+    assert_eq!(left.count(), 0);
 }
 
 #[test]

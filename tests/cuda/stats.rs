@@ -6,7 +6,7 @@ use std::ops::Range;
 use gradlens::backend::cuda::{Buf, Real};
 use gradlens::backend::{Moments, NonFinite};
 
-use super::faults::Fault;
+use super::faults::{Fault, WRONG};
 use super::machine::{Machine, Random, machine};
 
 /// What these tests must notice.
@@ -37,6 +37,15 @@ pub const FAULTS: &[Fault] = &[
         test: "stats::moments",
         build: Sanitizer::None,
         reports: &["instead of", "out of bounds global read"],
+    },
+    Fault {
+        name: "what an addition loses is forgotten",
+        file: "stats.cu",
+        from: "left += (total - (next - part)) + (value - part);",
+        to: "left += 0. * part;",
+        test: "stats::sums_keep_what_additions_lose",
+        build: Sanitizer::None,
+        reports: WRONG,
     },
 ];
 
@@ -175,4 +184,27 @@ fn nothing_to_add() {
     let mut found = moments.to_host().unwrap();
     found.round();
     assert_eq!(found, Moments::new(4));
+}
+
+/// What disappears in a float64 sum of large numbers is kept beside it.
+#[test]
+fn sums_keep_what_additions_lose() {
+    let Some(machine) = machine() else { return };
+    let cuda = &machine.cuda;
+    let large = 2f32.powi(60);
+    let values = [large, 1.0, 3.0, -large];
+    let sum = |calls: &[&[usize]]| {
+        let x = Buf::from_host(&cuda.device.memory, &values, 1).unwrap();
+        let mut moments = cuda.new_moments(1).unwrap();
+        for rows in calls {
+            let samples: Vec<_> = rows.iter().map(|row| *row..row + 1).collect();
+            cuda.add_moments(&x, &samples, &mut moments).unwrap().wait().unwrap().unwrap();
+        }
+        let mut found = moments.to_host().unwrap();
+        found.round();
+        found.sum[0]
+    };
+    for found in [sum(&[&[0, 1, 2, 3]]), sum(&[&[0], &[1, 2], &[3]])] {
+        assert_eq!(found, 4.0, "{found} instead of 4");
+    }
 }
