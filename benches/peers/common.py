@@ -71,25 +71,27 @@ def load_model(args):
 class Moments:
     """Per layer Σv and Σ|v| over tokens: float32 inside a batch, float64 over batches."""
 
-    def __init__(self, layers, width):
+    def __init__(self, layers, width, device="cpu"):
         import torch
         self.torch = torch
-        self.sum = torch.zeros(layers, width, dtype=torch.float64)
-        self.sum_abs = torch.zeros(layers, width, dtype=torch.float64)
+        self.sum = torch.zeros(layers, width, dtype=torch.float64, device=device)
+        self.sum_abs = torch.zeros(layers, width, dtype=torch.float64, device=device)
 
-    def add(self, layer, v, mask=None):
+    def add(self, layer, v, rows=None):
+        """`rows`: mask or indices of the tokens that count; None: all."""
         v = v.detach().reshape(-1, v.shape[-1])
-        if mask is not None:
-            v = v[mask]
-        self.sum[layer] += v.sum(0)
-        self.sum_abs[layer] += self.torch.linalg.vector_norm(v, ord=1, dim=0)  # no |v| in memory
+        if rows is not None:
+            v = v[rows]
+        float32 = self.torch.float32
+        self.sum[layer] += v.sum(0, dtype=float32)
+        self.sum_abs[layer] += self.torch.linalg.vector_norm(v, ord=1, dim=0, dtype=float32)  # no |v| in memory
 
     def save(self, path, tokens):
         import numpy as np
         arrays = {}
         for i in range(len(self.sum)):
-            arrays[f"layer_{i}_mean"] = (self.sum[i] / tokens).numpy()
-            arrays[f"layer_{i}_mean_abs"] = (self.sum_abs[i] / tokens).numpy()
+            arrays[f"layer_{i}_mean"] = (self.sum[i] / tokens).cpu().numpy()
+            arrays[f"layer_{i}_mean_abs"] = (self.sum_abs[i] / tokens).cpu().numpy()
         np.savez(path, **arrays)
 
     def check(self, tokens):

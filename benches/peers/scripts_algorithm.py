@@ -26,7 +26,8 @@ def padded(rows, width):
     return ids, mask
 
 
-def one_layer(model, batches, layer, moments, mode, weights):
+def one_layer(model, batches, layer, moments, mode, weights, summed=False):
+    """`summed`: the loss is the sum over the texts' tokens, without pads; by default the scripts' own, a mean with pads."""
     seen = []
 
     def hook(module, inputs, out):
@@ -46,7 +47,11 @@ def one_layer(model, batches, layer, moments, mode, weights):
                     model(input_ids=ids, attention_mask=mask, use_cache=False)
                 moments.add(layer, seen[0], mask.reshape(-1).bool())
             else:
-                loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss  # pads are in the loss, as there
+                if summed:
+                    loss = dict(labels=ids.masked_fill(mask == 0, -100), num_items_in_batch=1)
+                else:
+                    loss = dict(labels=ids)  # pads are in the loss, as there
+                loss = model(input_ids=ids, attention_mask=mask, use_cache=False, **loss).loss
                 loss.backward()
                 moments.add(layer, seen[0].grad, mask.reshape(-1).bool())
                 model.zero_grad(set_to_none=True)
