@@ -1,6 +1,7 @@
 //! The golden checkpoints: tiny models of each architecture, with what transformers computes for them.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -15,8 +16,13 @@ use serde_json::Value;
 
 pub const GOLDENS: &[&str] = &["qwen2", "qwen2_window", "llama3", "llama_linear", "mistral", "zephyr", "yi"];
 
+/// The repository: where the tests were built, or, for tests that are carried to another machine, where this variable says.
+pub fn repository() -> PathBuf {
+    env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 pub fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+    repository().join("tests/goldens").join(name)
 }
 
 /// Expected arrays by name.

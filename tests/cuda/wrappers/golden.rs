@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use super::super::machine::Machine;
+use crate::golden::repository;
 
 const RECORD: &str = "GRADLENS_TEST_RECORD";
 
@@ -60,7 +61,7 @@ impl Golden {
 }
 
 fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda/wrappers").join(format!("{name}.bin.gz"))
+    repository().join("tests/cuda/wrappers").join(format!("{name}.bin.gz"))
 }
 
 /// The golden of a wrapper. `None`: none was recorded yet.
