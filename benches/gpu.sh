@@ -184,7 +184,7 @@ run() {
             [[ $group != layers || ! -e $out/$name.json ]] || records+=("$out/$name.json")
         done
         echo
-        [[ ${#records[@]} == 0 ]] || $python benches/peers/gpu_layers.py table "${records[@]}"
+        [[ ${#records[@]} == 0 ]] || $python benches/peers/gpu_layers.py table "${records[@]}" || echo "The table of whole runs failed."
         echo
         cat "$out/kernels.md" 2>/dev/null || true
     } >"$out/record.md"

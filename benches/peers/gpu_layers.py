@@ -30,7 +30,7 @@ MODES = ["gradients", "values"]
 CORPORA = {"fixed": ("corpus.jsonl", 128), "ragged": ("ragged.jsonl", 512)}  # file, max_length
 SCRIPTS_BATCH = 4
 TUNING_TOKENS = 32768  # of the corpus, to find the peer's best setting
-BOUND = 1e-2
+BOUND = 2e-2
 
 
 class Failure(Exception):
@@ -496,8 +496,10 @@ def compare(args):
         return print("skipped: this needs NumPy")
 
     def results(folder):
-        [found] = [folder] if (folder / "statistics.npz").exists() else [path.parent for path in folder.glob("*/statistics.npz")]
-        return found
+        found = [folder] if (folder / "statistics.npz").exists() else [path.parent for path in folder.glob("*/statistics.npz")]
+        if len(found) != 1:
+            sys.exit(f"error: {folder}: expected one folder with a statistics.npz, found {len(found)}")
+        return found[0]
 
     worst = []
     for mode in ["values", "gradients"]:
