@@ -199,6 +199,34 @@ fn ctrl_c_on_two_devices() {
     assert_eq!(left.collect::<Vec<_>>(), ["long.jsonl"]);
 }
 
+/// A device that cannot be used is no reason to fail where nobody asked for it, but one to speak.
+#[test]
+fn auto_without_a_compiler_stays_on_the_cpu() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/qwen2");
+    let corpus = format!("{model}/corpus.jsonl");
+    let run = |more: &[&str]| {
+        let base = ["layer", "--dry_run", "--model_name", model, "--dataset", &corpus];
+        let mut command = command(folder.path(), &[&base[..], more].concat());
+        command.env("GRADLENS_NVRTC", folder.path()).output().unwrap()
+    };
+    let output = run(&[]);
+    let (said, plan) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success() && plan.contains("device       cpu"), "{said}{plan}");
+    assert!(
+        said.contains("warning: computing on the CPU, though cuda:0") && said.contains("NVRTC"),
+        "{said}"
+    );
+    for asked in [&["--device", "cuda"][..], &["--dtype", "bfloat16"], &["--device_memory", "1"]] {
+        let output = run(asked);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("error: NVRTC"), "{asked:?}: {said}");
+    }
+}
+
 #[test]
 fn devices_that_are_not_there() {
     if is_child() || !runs_here() {
