@@ -6,7 +6,8 @@
 //   2  gelu_erf    g·Φ(g)                      Φ(g) = erfc(−g/√2) / 2
 //
 // No form here cancels, and no exponential overflows: with t = e^(−|x|) ≤ 1, σ(|x|) = 1/(1 + t) and
-// σ(−|x|) = t/(1 + t). So nothing is NaN for |g| ≤ 1e12, and σ keeps its relative accuracy where it is tiny.
+// σ(−|x|) = t/(1 + t). So nothing is NaN or infinite for any finite g, and σ keeps its relative accuracy where it is
+// tiny.
 //
 // Errors, ε = 2⁻²⁴, from the documented ones of expf (4ε) and __fdividef (4ε). silu: 12ε of |act|, and
 // 12ε·(σ + |g|·σ(g)·σ(−g)) of act', which crosses zero. The other two round the argument of an exponential, whose
@@ -37,7 +38,7 @@ __device__ __forceinline__ Activated activate_with_derivative(int activation, fl
   }
   if (activation == GELU_TANH) {
     constexpr float SLOPE = 1.5957691216057308f;  // 2·√(2/π)
-    const float sq = g * g;
+    const float sq = fminf(g * g, 1e37f);  // 0·∞ otherwise
     const float2 s = sigmoids(SLOPE * g * fmaf(0.044715f, sq, 1.f));
     const float value = g * s.x;
     // value·σ(−2u) first: it is 0 wherever the square could grow large.

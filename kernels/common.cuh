@@ -85,6 +85,13 @@ __device__ __forceinline__ float reciprocal_approximate(float v) {
   return r;
 }
 
+// Turns the pair (a, b), in float32: 2 roundings of each of two terms.
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float turned = fmaf(a, cos, -__fmul_rn(b, sin));
+  b = fmaf(b, cos, __fmul_rn(a, sin));
+  a = turned;
+}
+
 // ---- reductions -------------------------------------------------------------------------------------
 
 // Every lane gets the sum over the warp, added in the same order in each.

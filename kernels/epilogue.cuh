@@ -7,37 +7,17 @@
 // `columns` is the width of the product. A is the operands' element, float32 or bfloat16; what is written as A
 // is rounded once from float32.
 #pragma once
-#include "common.cuh"
+#include "activation.cuh"
 
 // ---- activations ------------------------------------------------------------------------------------
 
-// SiLU and the GELU by tanh are x·σ(p), p = x·(a + b·x²). Neither infinity nor NaN comes of any finite x.
-
-constexpr int GELU_TANH = 1, GELU_ERF = 2;                     // 0: SiLU
 constexpr float TANH_A = 1.59576912f, TANH_B = 0.0713548163f;  // 2·sqrt(2/π), and that times 0.044715
 // log2 e in two parts, for arguments of powers that must be right to a unit.
 constexpr float LOG2E = 1.44269502f, LOG2E_REST = 1.92596303e-8f;
 
-struct Activated {
-  float value, slope;  // act(x), act'(x)
-};
-
-// In float32 σ(p) and 1 − σ(p) come from e^-|p|, so that each is right to a few units in its last place.
-__device__ __forceinline__ Activated sigmoid_precise(float x, float a, float b) {
-  const float square = fminf(x * x, 1e37f);  // 0·∞ otherwise
-  const float p = x * fmaf(b, square, a);
-  const float e = expf(-fabsf(p));
-  const float larger = reciprocal_approximate(1.f + e), smaller = e * larger;
-  const float sigma = p < 0.f ? smaller : larger;
-  return {x * sigma, fmaf(x * (p < 0.f ? larger : smaller), sigma * fmaf(3.f * b, square, a), sigma)};
-}
-__device__ __forceinline__ Activated erf_precise(float x) {
-  const float below = fmaf(0.5f, erff(x * 0.707106781f), 0.5f);  // the normal distribution
-  return {x * below, fmaf(x * 0.398942280f, expf(-0.5f * x * x), below)};
-}
-
-// What is rounded to bfloat16 next needs to be right to 1/1000 of a unit of that: half as many instructions, and
-// a tile has thousands of these.
+// Float32 results are those of activation.cuh. What is rounded to bfloat16 next needs to be right to 1/1000 of a unit
+// of that: half as many instructions, and a tile has thousands of these. SiLU and the GELU by tanh are x·σ(p),
+// p = x·(a + b·x²); neither infinity nor NaN comes of any finite x.
 __device__ __forceinline__ Activated sigmoid_brief(float x, float a, float b) {
   const float square = fminf(x * x, 1e6f);  // σ is 0 or 1 long before
   const float sigma = reciprocal_approximate(1.f + exp2_approximate(-LOG2E * x * fmaf(b, square, a)));
@@ -59,14 +39,16 @@ __device__ __forceinline__ Activated erf_brief(float x) {
 // act and act' of each x, for results that become A. The same activation in all threads.
 template <class A, int COUNT>
 __device__ __forceinline__ void activate(const float (&x)[COUNT], int activation, Activated (&y)[COUNT]) {
-  constexpr bool BRIEF = sizeof(A) == 2;
-  if (activation == GELU_ERF) {
+  if constexpr (sizeof(A) == 4) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) y[i] = BRIEF ? erf_brief(x[i]) : erf_precise(x[i]);
+    for (int i = 0; i < COUNT; i++) y[i] = activate_with_derivative(activation, x[i]);
+  } else if (activation == GELU_ERF) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) y[i] = erf_brief(x[i]);
   } else {
     const float a = activation == GELU_TANH ? TANH_A : 1.f, b = activation == GELU_TANH ? TANH_B : 0.f;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) y[i] = BRIEF ? sigmoid_brief(x[i], a, b) : sigmoid_precise(x[i], a, b);
+    for (int i = 0; i < COUNT; i++) y[i] = sigmoid_brief(x[i], a, b);
   }
 }
 
@@ -155,6 +137,32 @@ struct Add {
   __device__ __forceinline__ void store(int row, int column, int columns, float4 v, Operand before) const {
     if (y) store_quad<WHOLE>(y + (i64)row * columns, column, columns, v);
     store_quad<WHOLE>(total + (i64)row * columns, column, columns, before + v);
+  }
+};
+
+// out[N, columns] = sums + bias, of which columns below `rotated` are heads of 2·pairs = Hd columns, turned before they
+// are rounded: columns 2j and 2j + 1 of a head by the angle of cos and sin[positions[n], j]. Hd % 4 == 0, so four
+// neighbours are two pairs of one head; rotated % Hd == 0; cos and sin start on 8 bytes.
+template <class A> struct Rotated {
+  static constexpr bool BIAS = true, STRIPS = false;
+  struct Operand {
+    float2 cos, sin;
+  };
+  const float* __restrict__ bias;
+  const int* __restrict__ positions;
+  const float *__restrict__ cos, *__restrict__ sin;
+  int pairs, rotated;
+  A* out;
+  __device__ __forceinline__ bool turns(int column) const { return column < rotated; }
+  template <bool WHOLE> __device__ __forceinline__ Operand load(int row, int column, int) const {
+    if (!turns(column)) return {};
+    const i64 at = (i64)positions[row] * pairs + (u32)column / 2 % (u32)pairs;
+    return {*(const float2*)(cos + at), *(const float2*)(sin + at)};
+  }
+  template <bool WHOLE>
+  __device__ __forceinline__ void store(int row, int column, int columns, float4 v, Operand angle) const {
+    if (turns(column)) rotate(v.x, v.y, angle.cos.x, angle.sin.x), rotate(v.z, v.w, angle.cos.y, angle.sin.y);
+    store_quad<WHOLE>(out + (i64)row * columns, column, columns, v);
   }
 };
 

@@ -3,6 +3,7 @@
 //
 //   forward            y[N, out] = x[N, in] · weight[out, in]ᵀ + bias[out]
 //   add                sum[N, out] = addend[N, out] + y, and y where it is wanted
+//   rotated            y of which the first columns are heads that turn by their token's angles (rotary embedding)
 //   gated              out[N, I] = act(g)·u, where y = g0 u0 g1 u1 .. of width out = 2I; and y where it is wanted
 //   exponentials       of logits y of width out = V, for the loss; y itself is not written
 //   backward           dx[N, in] = dy[N, out] · weight[out, in] + addend[N, in]
@@ -252,6 +253,33 @@ linear_add_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight
                      const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
                      int rows, int in_features, int out_features) {
   product<Small, false, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+
+// ---- forward, heads rotated ------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+linear_rotated(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
+               const int* __restrict__ positions, const float* __restrict__ cos,
+               const float* __restrict__ sin, int pairs, int rotated, bf16* out, int rows, int in_features,
+               int out_features) {
+  product<Large, false, true>(x, weight, Rotated<bf16>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                              out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_rotated_small(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                     const float* __restrict__ bias, const int* __restrict__ positions,
+                     const float* __restrict__ cos, const float* __restrict__ sin, int pairs, int rotated,
+                     bf16* out, int rows, int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Rotated<bf16>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                              out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+linear_rotated_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                         const float* __restrict__ bias, const int* __restrict__ positions,
+                         const float* __restrict__ cos, const float* __restrict__ sin, int pairs,
+                         int rotated, bf16* out, int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Rotated<bf16>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                               out_features, in_features);
 }
 
 // ---- forward, gated --------------------------------------------------------------------------------

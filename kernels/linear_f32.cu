@@ -1,8 +1,8 @@
 // Linear layers in float32 (FFMA), for every compute capability: the operations of linear.cu, which says what they
 // are, with x, dy, weight and all else in float32.
 //
-//   forward, add, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
-//   backward, gated_backward            from dy[N, out] · weight[out, in]
+//   forward, add, rotated, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
+//   backward, gated_backward                     from dy[N, out] · weight[out, in]
 //
 // Outputs of the plain products are also had in bfloat16, rounded once. Rows are the N tokens. Any N, in, out >= 1;
 // in and out < 2^24; arrays start on 16 bytes, or whole rows further on.
@@ -223,6 +223,33 @@ linear_add_unaligned(const float* __restrict__ x, const float* __restrict__ weig
                      const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
                      int rows, int in_features, int out_features) {
   product<Small, false, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+
+// ---- forward, heads rotated ------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
+linear_rotated(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
+               const int* __restrict__ positions, const float* __restrict__ cos,
+               const float* __restrict__ sin, int pairs, int rotated, float* out, int rows, int in_features,
+               int out_features) {
+  product<Large, false, true>(x, weight, Rotated<float>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                              out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
+linear_rotated_small(const float* __restrict__ x, const float* __restrict__ weight,
+                     const float* __restrict__ bias, const int* __restrict__ positions,
+                     const float* __restrict__ cos, const float* __restrict__ sin, int pairs, int rotated,
+                     float* out, int rows, int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Rotated<float>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                              out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
+linear_rotated_unaligned(const float* __restrict__ x, const float* __restrict__ weight,
+                         const float* __restrict__ bias, const int* __restrict__ positions,
+                         const float* __restrict__ cos, const float* __restrict__ sin, int pairs,
+                         int rotated, float* out, int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Rotated<float>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                               out_features, in_features);
 }
 
 // ---- forward, gated --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 // Linear layers on compute capability 9.0: the same operations as linear.cu, which says what they are, on
 // operands fetched by the copy engine (TMA) and multiplied by whole warpgroups (wgmma).
 //
-//   forward, add, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
-//   backward, gated_backward            from dy[N, out] · weight[out, in]
+//   forward, add, rotated, gated, exponentials   from x[N, in] · weight[out, in]ᵀ
+//   backward, gated_backward                     from dy[N, out] · weight[out, in]
 //
 // x, dy, weight: bfloat16, row lengths in bytes multiples of 16 (the copy engine's rule): forward in % 8 == 0,
 // backward also out % 8 == 0. Arrays start on 16 bytes, or whole rows further on. Any N. Every sum runs over the
@@ -169,6 +169,25 @@ linear_add_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant_
                      const float* __restrict__ bias, const float* __restrict__ addend, float* y, float* sum,
                      int rows, int in_features, int out_features) {
   product<Wide, false>(x, weight, Add{bias, addend, y, sum}, rows, out_features, in_features);
+}
+
+// ---- forward, heads rotated ------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_rotated_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                    const float* __restrict__ bias, const int* __restrict__ positions,
+                    const float* __restrict__ cos, const float* __restrict__ sin, int pairs, int rotated,
+                    bf16* out, int rows, int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Rotated<bf16>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                         out_features, in_features);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_rotated_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
+                         const float* __restrict__ bias, const int* __restrict__ positions,
+                         const float* __restrict__ cos, const float* __restrict__ sin, int pairs,
+                         int rotated, bf16* out, int rows, int in_features, int out_features) {
+  product<Wide, false>(x, weight, Rotated<bf16>{bias, positions, cos, sin, pairs, rotated, out}, rows,
+                       out_features, in_features);
 }
 
 // ---- forward, gated --------------------------------------------------------------------------------

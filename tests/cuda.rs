@@ -36,6 +36,8 @@ mod linear;
 mod linear_faults;
 #[path = "cuda/linear_fused.rs"]
 mod linear_fused;
+#[path = "cuda/linear_rotated.rs"]
+mod linear_rotated;
 #[path = "cuda/loss.rs"]
 mod loss;
 #[path = "cuda/machine.rs"]

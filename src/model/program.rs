@@ -8,6 +8,14 @@ use super::op::{Block, Fused, Weight};
 pub enum Packing {
     /// One after the other: rows of the first, then of the second, and so forth; a lone tensor as it is.
     Stacked,
+    /// Stacked, and in the first `rows` rows, heads of `head_dim` each, rotary pairs made neighbours: row 2j of a head is
+    /// its row j, row 2j + 1 its row j + Hd/2. No head lies in two tensors.
+    StackedPairs {
+        /// Hd, an even number.
+        head_dim: usize,
+        /// A multiple of it.
+        rows: usize,
+    },
     /// Row 0 of the first, row 0 of the second, row 1 of the first, and so forth. Two tensors of one shape.
     Interleaved,
 }

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use gradlens::backend::Moments;
-use gradlens::backend::cuda::{CudaLower, Format};
+use gradlens::backend::cpu::Cpu;
+use gradlens::backend::cuda::rope::Pairs;
+use gradlens::backend::cuda::{CudaLower, Format, Fused};
+use gradlens::backend::{Lower, Moments};
 use gradlens::engine::{EngineSpec, LossReduction, Totals};
+use gradlens::model::op::Op;
+use gradlens::model::{Config, Dtype, Spec, Usage, describe};
 use gradlens::stats::LayerMoments;
 
-use super::common::{relative_l2, tolerance};
+use super::common::{random_weights, relative_l2, tolerance};
 use super::golden::{Expected, GOLDENS, Golden, everything, folder, load, mean, run_on, settings};
 use super::machine::{Machine, machine};
 
@@ -66,6 +70,39 @@ fn goldens_in_float32() {
             let loss = expected.get("loss_nats");
             assert!((totals.loss_nats.unwrap() / loss[0] - 1.0).abs() < 1e-5, "{name} loss");
             assert_eq!(totals.targets as f64, loss[1], "{name} targets");
+        }
+    }
+}
+
+/// How the rotary pairs of each layer lie.
+fn pairs(spec: &Spec) -> Vec<Pairs> {
+    let program = FUSED.lower(spec, &vec![Usage::default(); spec.blocks.len()]);
+    let ops = program.blocks.into_iter().flat_map(|block| block.ops);
+    let of = |op| if let Op::Fused(Fused::LinearRope { pairs, .. }) = op { Some(pairs) } else { None };
+    ops.filter_map(of).collect()
+}
+
+/// Heads of six columns, which no epilogue turns: as the CPU in float64.
+#[test]
+fn heads_that_are_not_whole_vectors() {
+    let Some(machine) = machine() else { return };
+    let mut golden = load("qwen2", "corpus.jsonl", 24, 1 << 20, 1);
+    assert_eq!(pairs(&golden.spec), [Pairs::Neighbours; 4]);
+    let path = folder("qwen2").join("config.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let text = text.replace("\"num_attention_heads\": 6", "\"num_attention_heads\": 8");
+    golden.spec = describe(&Config::from_json(&text, &path).unwrap());
+    golden.tensors = random_weights(&golden.spec, Dtype::F32, 3);
+    assert_eq!(pairs(&golden.spec), [Pairs::Halves; 4]);
+    let (wanted, _) = run_on(&Cpu::<f64>::new(), &golden, everything(&golden));
+    let (found, _) = run(&machine, &golden, FUSED, everything(&golden));
+    for (layer, wanted) in &wanted {
+        let sums = |moments: &LayerMoments| {
+            [&moments.values, &moments.gradients].map(|m| m.as_ref().unwrap().sum_abs.clone())
+        };
+        for (found, wanted) in sums(&found[layer]).iter().zip(sums(wanted)) {
+            let error = relative_l2(found, &wanted);
+            assert!(error <= tolerance::GOLDEN, "layer {layer}: relative error {error:e}");
         }
     }
 }

@@ -28,14 +28,14 @@ fn erf(x: f64) -> f64 {
 
 /// act(x), act'(x), and how far float32 may be from them.
 ///
-/// x·σ(p): σ and 1 − σ come from e^-|p|, which is as wrong as p, and a few units of their own; p of the tanh's
-/// cubic is a few units off. The error function is right to a unit of 1, so x·Φ(x) is to one of |x|.
+/// x·σ(p): to 12 units, and where p is rounded to 4 of p more, as kernels/activation.cuh says. Φ is right to 12 units of
+/// 1 (in float32 of itself), so x·Φ(x) is to as many of |x|.
 fn act(activation: Activation, x: f64) -> [(f64, f64); 2] {
     if activation == Activation::GeluErf {
         let below = 0.5 + 0.5 * erf(x * std::f64::consts::FRAC_1_SQRT_2);
         let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
-        let slope_error = UNIT * (4.0 + x.abs() * density * (4.0 + x * x));
-        return [(x * below, 4.0 * UNIT * x.abs()), (below + x * density, slope_error)];
+        let slope_error = UNIT * (12.0 + x.abs() * density * (4.0 + x * x));
+        return [(x * below, 12.0 * UNIT * x.abs()), (below + x * density, slope_error)];
     }
     let (a, b) = match activation {
         Activation::Silu => (1.0, 0.0),
@@ -49,7 +49,7 @@ fn act(activation: Activation, x: f64) -> [(f64, f64); 2] {
     let (above, below) = (1.0 / (1.0 + (-p).exp()), 1.0 / (1.0 + p.exp()));
     let dp = a + 3.0 * b * square;
     let turn = x * above * below * dp;
-    let relative = if b == 0.0 { 8.0 * UNIT } else { (8.0 + 4.0 * p.abs()) * UNIT };
+    let relative = if b == 0.0 { 12.0 * UNIT } else { (12.0 + 4.0 * p.abs()) * UNIT };
     // σ below the normal numbers of float32 may be 0.
     let tiny = |factor: f64| factor * f64::from(f32::MIN_POSITIVE);
     [
@@ -171,7 +171,7 @@ impl<A: Operand> Layer<A> {
             .iter()
             .enumerate()
             .filter(|(_, target)| **target >= 0)
-            .flat_map(|(row, _)| found.target_logits.view(row..row + 1).to_host().unwrap())
+            .flat_map(|(row, _)| found.target_logits.elements(row..row + 1).to_host().unwrap())
             .collect();
         let [exponents, sums] = [&found.exponents, &found.sums].map(|buf| buf.to_host().unwrap());
         (found.powers.to_host().unwrap(), [exponents, sums, written])

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use cuemu::launcher::Sanitizer;
 use gradlens::backend::cuda::Buf;
-use gradlens::backend::cuda::rope::Rotation;
+use gradlens::backend::cuda::rope::{Pairs, Rotation};
 use half::bf16;
 
 use super::elementwise::{EPSILON, Number, assert_near, assert_same, numbers};
@@ -15,7 +15,7 @@ use super::machine::{Machine, Random, machine};
 pub const FAULTS: &[Fault] = &[
     Fault {
         name: "turned the other way",
-        file: "rope.cu",
+        file: "common.cuh",
         from: "fmaf(a, cos, -__fmul_rn(b, sin))",
         to: "fmaf(a, cos, __fmul_rn(b, sin))",
         test: "rope::rotation",
@@ -24,7 +24,7 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         name: "the second of a pair from the turned first",
-        file: "rope.cu",
+        file: "common.cuh",
         from: "b = fmaf(b, cos, __fmul_rn(a, sin));\n  a = turned;",
         to: "a = turned;\n  b = fmaf(b, cos, __fmul_rn(a, sin));",
         test: "rope::rotation",
@@ -34,8 +34,8 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         name: "neighbours instead of halves",
         file: "rope.cu",
-        from: "T* pair = x + 2 * head * pairs + j;",
-        to: "T* pair = x + 2 * head * pairs + (j ^ 1);",
+        from: "T* pair = x + 2 * head * pairs + (NEIGHBOURS ? 2 * j : j);",
+        to: "T* pair = x + 2 * head * pairs + (NEIGHBOURS ? 2 * j : j ^ 1);",
         test: "rope::rotation",
         build: Sanitizer::None,
         reports: &["instead of", "relative error", "other bytes under", "out of bounds global"],
@@ -61,8 +61,8 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         name: "a group past the last head",
         file: "rope.cu",
-        from: "if (start + i * lanes < items) store_4",
-        to: "if (start + i * lanes <= items) store_4",
+        from: "if (start + i * lanes < items) store_4(x + column",
+        to: "if (start + i * lanes <= items) store_4(x + column",
         test: "rope::rotation",
         build: Sanitizer::None,
         reports: WRONG,
@@ -75,6 +75,33 @@ pub const FAULTS: &[Fault] = &[
         test: "rope::rotation",
         build: Sanitizer::Address,
         reports: &["out of bounds global", "AddressSanitizer"],
+    },
+    Fault {
+        name: "neighbours with the next pair's angle",
+        file: "rope.cu",
+        from: "rotate(v[2], v[3], c[i].y, sign * s[i].y);",
+        to: "rotate(v[2], v[3], c[i].x, sign * s[i].x);",
+        test: "rope::rotation",
+        build: Sanitizer::None,
+        reports: WRONG,
+    },
+    Fault {
+        name: "neighbours turned the other way",
+        file: "rope.cu",
+        from: "rotate(v[0], v[1], c[i].x, sign * s[i].x);",
+        to: "rotate(v[0], v[1], c[i].x, -sign * s[i].x);",
+        test: "rope::rotation",
+        build: Sanitizer::None,
+        reports: WRONG,
+    },
+    Fault {
+        name: "neighbours past the last head",
+        file: "rope.cu",
+        from: "if (start + i * lanes < items) store_4(x + 4",
+        to: "if (start + i * lanes <= items) store_4(x + 4",
+        test: "rope::rotation",
+        build: Sanitizer::None,
+        reports: WRONG,
     },
     Fault {
         name: "groups that two threads turn",
@@ -102,7 +129,13 @@ fn inv_freq(pairs: usize) -> Vec<f32> {
 }
 
 /// Wanted values, and for each the size that its error scales with.
-fn reference<A: Number>(x: &[A], positions: &[i32], shape: Shape, sign: f64) -> (Vec<f64>, Vec<f64>) {
+fn reference<A: Number>(
+    x: &[A],
+    positions: &[i32],
+    shape: Shape,
+    layout: Pairs,
+    sign: f64,
+) -> (Vec<f64>, Vec<f64>) {
     let Shape { heads, pairs, width, .. } = shape;
     let mut wanted: Vec<f64> = x.iter().map(|x| x.wide()).collect();
     let mut size = vec![0.0; x.len()];
@@ -112,19 +145,23 @@ fn reference<A: Number>(x: &[A], positions: &[i32], shape: Shape, sign: f64) -> 
             for (j, freq) in freq.iter().enumerate() {
                 let angle = f64::from(*position as f32 * freq);
                 let (sin, cos) = (sign * angle.sin(), angle.cos());
-                let first = row * width + 2 * head * pairs + j;
-                let (a, b) = (wanted[first], wanted[first + pairs]);
+                let start = row * width + 2 * head * pairs;
+                let (first, second) = match layout {
+                    Pairs::Halves => (start + j, start + j + pairs),
+                    Pairs::Neighbours => (start + 2 * j, start + 2 * j + 1),
+                };
+                let (a, b) = (wanted[first], wanted[second]);
                 wanted[first] = a * cos - b * sin;
-                wanted[first + pairs] = b * cos + a * sin;
+                wanted[second] = b * cos + a * sin;
                 size[first] = (a * cos).abs() + (b * sin).abs();
-                size[first + pairs] = (b * cos).abs() + (a * sin).abs();
+                size[second] = (b * cos).abs() + (a * sin).abs();
             }
         }
     }
     (wanted, size)
 }
 
-fn check<A: Number>(machine: &Machine, shape: Shape, direction: Rotation) {
+fn check<A: Number>(machine: &Machine, shape: Shape, layout: Pairs, direction: Rotation) {
     let Shape { tokens, heads, pairs, width } = shape;
     let cuda = &machine.cuda;
     let memory = &cuda.device.memory;
@@ -137,12 +174,12 @@ fn check<A: Number>(machine: &Machine, shape: Shape, direction: Rotation) {
     let positions_device = Buf::from_host(memory, &positions, tokens).unwrap();
     let out = machine.same_under_all_schedules(|| {
         let mut x = Buf::from_host(memory, &x, width).unwrap();
-        cuda.rope_in_place(&mut x, heads, &table, &positions_device, direction).unwrap();
+        cuda.rope_in_place(&mut x, heads, layout, &table, &positions_device, direction).unwrap();
         x.to_host().unwrap()
     });
-    let what = format!("{} {shape:?} {direction:?}", A::NAME);
+    let what = format!("{} {shape:?} {layout:?} {direction:?}", A::NAME);
     let sign = if direction == Rotation::Forward { 1.0 } else { -1.0 };
-    let (wanted, size) = reference(&x, &positions, shape, sign);
+    let (wanted, size) = reference(&x, &positions, shape, layout, sign);
     // Roundings of cosine or sine, of one product, of the sum; and of a bfloat16 element. What did not turn is exact.
     let element = if A::ROUNDING > EPSILON { A::ROUNDING } else { 0.0 };
     let bound =
@@ -152,7 +189,7 @@ fn check<A: Number>(machine: &Machine, shape: Shape, direction: Rotation) {
     // The last row on its own: another place, no neighbours.
     let row = Buf::from_host(memory, &x, width).unwrap().view(tokens - 1..tokens);
     let position = Buf::from_host(memory, &[last], 1).unwrap();
-    cuda.rope_in_place(&mut row.view(0..1), heads, &table, &position, direction).unwrap();
+    cuda.rope_in_place(&mut row.view(0..1), heads, layout, &table, &position, direction).unwrap();
     assert_same(
         &row.to_host().unwrap(),
         &out[(tokens - 1) * width..],
@@ -164,20 +201,25 @@ fn check<A: Number>(machine: &Machine, shape: Shape, direction: Rotation) {
 fn rotation() {
     let Some(machine) = machine() else { return };
     // (tokens, heads, pairs, width): one pair, rows of one thread; odd heads; aligned heads in rows that are not; a
-    // part of a warp, two groups a thread and not all of them; the same over a block; two turns of a block.
+    // part of a warp, two groups a thread and not all of them; the same over a block; two turns of a block. Neighbours share
+    // a row by twice as many threads.
     let shapes =
         [(300, 1, 1, 2), (5, 2, 3, 18), (5, 1, 4, 10), (9, 3, 32, 320), (3, 9, 64, 1408), (2, 40, 64, 6144)];
     for (tokens, heads, pairs, width) in shapes {
         // Under ThreadSanitizer threads are what costs.
         if machine.affordable(2 * tokens * heads * pairs) {
             let shape = Shape { tokens, heads, pairs, width };
-            check::<f32>(&machine, shape, Rotation::Forward);
-            check::<bf16>(&machine, shape, Rotation::Backward);
+            for layout in [Pairs::Halves, Pairs::Neighbours] {
+                check::<f32>(&machine, shape, layout, Rotation::Forward);
+                check::<bf16>(&machine, shape, layout, Rotation::Backward);
+            }
         }
     }
     let shape = Shape { tokens: 9, heads: 2, pairs: 16, width: 64 };
-    check::<f32>(&machine, shape, Rotation::Backward);
-    check::<bf16>(&machine, shape, Rotation::Forward);
+    for layout in [Pairs::Halves, Pairs::Neighbours] {
+        check::<f32>(&machine, shape, layout, Rotation::Backward);
+        check::<bf16>(&machine, shape, layout, Rotation::Forward);
+    }
 }
 
 #[test]
@@ -190,7 +232,8 @@ fn heads_must_fit_and_rows_have_positions() {
     let refused = |heads: usize, positions: &[i32]| {
         let mut x = Buf::from_host(memory, &[1.0_f32; 40], 20).unwrap();
         let positions = Buf::from_host(memory, positions, positions.len()).unwrap();
-        let rotate = || cuda.rope_in_place(&mut x, heads, &table, &positions, Rotation::Forward);
+        let rotate =
+            || cuda.rope_in_place(&mut x, heads, Pairs::Halves, &table, &positions, Rotation::Forward);
         catch_unwind(AssertUnwindSafe(rotate)).is_err()
     };
     assert!(!refused(2, &[0, 2]));

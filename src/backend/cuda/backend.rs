@@ -14,7 +14,7 @@ use super::fused::wide;
 use super::lower::{CudaLower, Fused};
 use super::module::lock;
 use super::norm::NormSpec;
-use super::rope::{RopeTable, Rotation};
+use super::rope::{Pairs, RopeTable, Rotation};
 use super::staging::Staging;
 use super::stats::{DeviceMoments, FiniteCheck};
 use super::tensor::typed;
@@ -254,7 +254,7 @@ impl Backend for CudaBackend {
 
     fn rope(&self, x: &Tensor, heads: usize, table: &Arc<RopeTable>, chunk: &PlacedChunk) -> Result<Tensor> {
         let mut y = x.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
-        self.cuda.rope_in_place(&mut y, heads, table, &chunk.positions, Rotation::Forward)?;
+        self.cuda.rope_in_place(&mut y, heads, Pairs::Halves, table, &chunk.positions, Rotation::Forward)?;
         Ok(y.into())
     }
 
@@ -267,7 +267,14 @@ impl Backend for CudaBackend {
         dx: Option<Tensor>,
     ) -> Result<Tensor> {
         let mut more = dy.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
-        self.cuda.rope_in_place(&mut more, heads, table, &chunk.positions, Rotation::Backward)?;
+        self.cuda.rope_in_place(
+            &mut more,
+            heads,
+            Pairs::Halves,
+            table,
+            &chunk.positions,
+            Rotation::Backward,
+        )?;
         self.sum(dx, more)
     }
 

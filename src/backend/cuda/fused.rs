@@ -3,7 +3,7 @@
 use super::attention::AttentionSpec;
 use super::backend::CudaBackend;
 use super::lower::{Fused, Residual};
-use super::rope::Rotation;
+use super::rope::{Pairs, Rotation};
 use super::{Buf, Format, Real, Tensor};
 use crate::backend::{OnTap, Scope};
 use crate::error::Result;
@@ -80,11 +80,18 @@ impl CudaBackend {
         let matrix = |weight| A::of(scope.weights.get(weight));
         let vector = |weight: Option<_>| weight.map(|weight| wide(scope.weights.get(weight)));
         match *op {
-            Fused::LinearRope { x, weight, bias, heads, out } => {
-                let x = A::of(there(slots, x));
-                let mut qkv = cuda.linear_forward::<A, f32>(x, matrix(weight), vector(bias))?;
-                cuda.rope_in_place(&mut qkv, heads, scope.rope, &scope.chunk.positions, Rotation::Forward)?;
-                slots[out.0] = Some(A::tensor(cuda.cast(&qkv)?));
+            Fused::LinearRope { x, weight, bias, heads, pairs, out } => {
+                let (x, weight, bias) = (A::of(there(slots, x)), matrix(weight), vector(bias));
+                let (table, positions) = (scope.rope, &scope.chunk.positions);
+                let qkv = match pairs {
+                    Pairs::Neighbours => cuda.linear_rotated(x, weight, bias, heads, table, positions)?,
+                    Pairs::Halves => {
+                        let mut qkv = cuda.linear_forward::<A, f32>(x, weight, bias)?;
+                        cuda.rope_in_place(&mut qkv, heads, pairs, table, positions, Rotation::Forward)?;
+                        cuda.cast(&qkv)?
+                    }
+                };
+                slots[out.0] = Some(A::tensor(qkv));
             }
             Fused::Attend { qkv, ref attention, out, lse } => {
                 let qkv = A::of(there(slots, qkv));
@@ -167,9 +174,10 @@ impl CudaBackend {
         let matrix = |weight| A::of(scope.weights.get(weight));
         // Lowering has seen to it that nothing else reads x: its gradient is written, not added to.
         match *op {
-            Fused::LinearRope { x, weight, heads, out, .. } => {
+            Fused::LinearRope { x, weight, heads, pairs, out, .. } => {
                 let mut dqkv = A::owned(taken(grads, out));
-                cuda.rope_in_place(&mut dqkv, heads, scope.rope, &scope.chunk.positions, Rotation::Backward)?;
+                let (table, positions) = (scope.rope, &scope.chunk.positions);
+                cuda.rope_in_place(&mut dqkv, heads, pairs, table, positions, Rotation::Backward)?;
                 grads[x.0] = Some(A::tensor(cuda.linear_backward_as(&dqkv, matrix(weight), None)?));
             }
             Fused::Attend { qkv, ref attention, out, lse } => {

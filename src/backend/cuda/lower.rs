@@ -2,13 +2,14 @@
 //!
 //! | ops | fused |
 //! |---|---|
-//! | three linear maps of one input, rotation of the first two | one product, rotated in place |
+//! | three linear maps of one input, rotation of the first two | one product, rotated in its epilogue |
 //! | attention | the same over the one buffer, keeping what its backward needs |
 //! | gate, up, gating, down (and what follows it) | two products, gating and its derivative in their epilogues |
 //! | linear, (tap,) residual addition | one product with the addition in its epilogue |
 
 use super::Format;
 use super::loss::STRIP;
+use super::rope::Pairs;
 use super::stats::{PARTIALS_BYTES, SUMS_BYTES};
 use crate::backend::{Appetite, Lower};
 use crate::model::op::{self, Attention, Block, Op, Site, Slot, Weight};
@@ -29,8 +30,9 @@ pub struct Residual {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the fields are the operands of the formula above each variant")]
 pub enum Fused {
-    /// `out = x Wᵀ + b` with q, k and v in one row, of which the first `heads` heads are rotated.
-    LinearRope { x: Slot, weight: Weight, bias: Option<Weight>, heads: usize, out: Slot },
+    /// `out = x Wᵀ + b` with q, k and v in one row, of which the first `heads` heads are rotated. Where their pairs are
+    /// neighbours, the rows of W and b are packed so; attention does not see in which order q and k both lie.
+    LinearRope { x: Slot, weight: Weight, bias: Option<Weight>, heads: usize, pairs: Pairs, out: Slot },
     /// Attention of such rows; `lse` `[N, H]`, the logarithm of each softmax's denominator, is for the backward.
     Attend { qkv: Slot, attention: Attention, out: Slot, lse: Slot },
     /// `out = x Wᵀ + b`, `sum = residual + out`; `out` is written where it is tapped.
@@ -181,7 +183,7 @@ impl Lower for CudaLower {
         let rounded = |out: &Slot| self.format.pick(0, 2) * width(out);
         let [forward, backward] = match &block.ops[index] {
             // The rows before they are rotated and rounded.
-            Op::Fused(Fused::LinearRope { out, .. }) => [4 * width(out), 0],
+            Op::Fused(Fused::LinearRope { pairs: Pairs::Halves, out, .. }) => [4 * width(out), 0],
             Op::Fused(Fused::LinearAdd { out, .. }) => [0, rounded(out)],
             Op::Fused(Fused::GatedMlp { gate_up, out, .. }) => {
                 [narrow * width(gate_up) / 2, narrow * width(gate_up) + rounded(out)]
@@ -296,13 +298,20 @@ impl Fuse<'_> {
         if !matches || !alone {
             return None;
         }
-        let bias = self.pack_biases(&[bq, bk, bv], Packing::Stacked)?;
-        let weight = self.pack(&[wq, wk, wv], Packing::Stacked);
+        let (heads, head_dim) = (heads + kv_heads, attention.head_dim);
+        // The product's epilogue turns two neighbouring pairs of a head at a time.
+        let (pairs, packing) = if head_dim.is_multiple_of(4) {
+            (Pairs::Neighbours, Packing::StackedPairs { head_dim, rows: heads * head_dim })
+        } else {
+            (Pairs::Halves, Packing::Stacked)
+        };
+        let bias = self.pack_biases(&[bq, bk, bv], packing)?;
+        let weight = self.pack(&[wq, wk, wv], packing);
         let qkv = Slot(widths.len());
         widths.push(widths[q.0] + widths[k.0] + widths[v.0]);
         let lse = Slot(widths.len());
         widths.push(attention.heads);
-        self.ops.push(Op::Fused(Fused::LinearRope { x, weight, bias, heads: heads + kv_heads, out: qkv }));
+        self.ops.push(Op::Fused(Fused::LinearRope { x, weight, bias, heads, pairs, out: qkv }));
         self.ops.push(Op::Fused(Fused::Attend { qkv, attention, out, lse }));
         Some(6)
     }

@@ -9,9 +9,9 @@ use crate::model::Rope;
 /// Cosine and sine of the angle of every pair at every position, on the device.
 pub struct RopeTable {
     /// `[positions, Hd/2]`
-    cos: Buf<f32>,
+    pub(super) cos: Buf<f32>,
     /// As `cos`.
-    sin: Buf<f32>,
+    pub(super) sin: Buf<f32>,
 }
 
 impl RopeTable {
@@ -24,6 +24,15 @@ impl RopeTable {
     pub fn positions(&self) -> usize {
         self.cos.rows()
     }
+}
+
+/// Which columns of a head are pair j.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairs {
+    /// j and j + Hd/2, as checkpoints have them.
+    Halves,
+    /// 2j and 2j + 1, which [`Cuda::linear_rotated`] turns.
+    Neighbours,
 }
 
 /// Which way pairs turn.
@@ -62,6 +71,7 @@ impl Cuda {
         &self,
         x: &mut Buf<A>,
         heads: usize,
+        layout: Pairs,
         table: &RopeTable,
         positions: &Buf<i32>,
         direction: Rotation,
@@ -69,9 +79,13 @@ impl Cuda {
         let pairs = table.pairs();
         assert!(2 * heads * pairs <= x.width(), "{heads} heads of {} in rows of {}", 2 * pairs, x.width());
         assert_eq!((positions.rows(), positions.width()), (1, x.rows()), "a position for each row");
-        let kernel = self.kernel("rope.cu", A::FORMAT.pick("rope_f32", "rope_bf16"))?;
-        let together = x.width().is_multiple_of(4) && pairs.is_multiple_of(4);
-        let rows = Rows::new(x.rows(), heads * pairs / if together { 4 } else { 1 });
+        let (names, at_once) = match layout {
+            Pairs::Halves => (("rope_f32", "rope_bf16"), 4),
+            Pairs::Neighbours => (("rope_neighbours_f32", "rope_neighbours_bf16"), 2),
+        };
+        let kernel = self.kernel("rope.cu", A::FORMAT.pick(names.0, names.1))?;
+        let together = x.width().is_multiple_of(4) && pairs.is_multiple_of(at_once);
+        let rows = Rows::new(x.rows(), heads * pairs / if together { at_once } else { 1 });
         let sign = match direction {
             Rotation::Forward => 1.0,
             Rotation::Backward => -1.0_f32,

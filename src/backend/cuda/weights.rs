@@ -91,14 +91,16 @@ impl<'a> Source<'a> {
     /// The tensor that element `element` comes from, its place there, and how many elements follow it there.
     fn run(&self, element: usize) -> (&model::Tensor, usize, usize) {
         match self.packing {
-            Packing::Stacked => {
-                let mut at = element;
-                let mut tensors = self.tensors;
-                while tensors.len() > 1 && at >= tensors[0].len() {
-                    at -= tensors[0].len();
-                    tensors = &tensors[1..];
+            Packing::Stacked => self.stacked(element),
+            Packing::StackedPairs { head_dim, rows } => {
+                let (row, column) = (element / self.width, element % self.width);
+                if row >= rows {
+                    return self.stacked(element);
                 }
-                (tensors[0], at, tensors[0].len() - at)
+                let (first, within) = (row / head_dim * head_dim, row % head_dim);
+                let from = first + within % 2 * (head_dim / 2) + within / 2;
+                let (tensor, at, _) = self.stacked(from * self.width + column);
+                (tensor, at, self.width - column)
             }
             Packing::Interleaved => {
                 let (row, column) = (element / self.width, element % self.width);
@@ -107,6 +109,17 @@ impl<'a> Source<'a> {
                 (self.tensors[row % parts], at, self.width - column)
             }
         }
+    }
+
+    /// The same where the tensors lie one after the other.
+    fn stacked(&self, element: usize) -> (&model::Tensor, usize, usize) {
+        let mut at = element;
+        let mut tensors = self.tensors;
+        while tensors.len() > 1 && at >= tensors[0].len() {
+            at -= tensors[0].len();
+            tensors = &tensors[1..];
+        }
+        (tensors[0], at, tensors[0].len() - at)
     }
 }
 
@@ -181,6 +194,32 @@ mod tests {
                         bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect();
                     assert_eq!(found, wanted, "{dtype} {packing:?} {piece}");
                 }
+            }
+        }
+    }
+
+    /// Heads of eight rows in two tensors, and rows that are none, as matrices and as vectors.
+    #[test]
+    fn pairs_become_neighbours() {
+        for width in [1, 3] {
+            let part = |rows: std::ops::Range<usize>| {
+                let shape = if width == 1 { vec![rows.len()] } else { vec![rows.len(), width] };
+                let element = move |row| (0..width).map(move |column| (row * width + column) as f32);
+                tensor(Dtype::F32, &shape, rows.flat_map(element))
+            };
+            let (q, k, v) = (part(0..8), part(8..16), part(16..19));
+            let packing = Packing::StackedPairs { head_dim: 8, rows: 16 };
+            let parts = [&q, &k, &v];
+            let source = Source::new(&parts, packing, Format::F32);
+            let rows = [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 16, 17, 18];
+            let of = |row: &usize| (row * width..(row + 1) * width).map(|element| element as f32);
+            let wanted: Vec<f32> = rows.iter().flat_map(of).collect();
+            for piece in 1..=19 * width {
+                let mut bytes = vec![0; source.num_bytes()];
+                let pieces = bytes.chunks_mut(4 * piece).enumerate();
+                pieces.for_each(|(index, bytes)| source.write(index * 4 * piece, bytes));
+                let found: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                assert_eq!(found, wanted, "rows of {width}, pieces of {piece}");
             }
         }
     }

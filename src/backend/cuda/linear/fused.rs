@@ -1,8 +1,11 @@
-//! Linear layers whose results are used where they are computed: the residual stream, the gated MLP, the loss.
+//! Linear layers whose results are used where they are computed: the residual stream, rotary embeddings, the
+//! gated MLP, the loss.
 
 use super::tile::{Direction, Operation, Shape, Tile};
 use super::{Product, assert_size};
+use crate::backend::cuda::launch::int;
 use crate::backend::cuda::loss::STRIP;
+use crate::backend::cuda::rope::RopeTable;
 use crate::backend::cuda::{Activation, Buf, Cuda, Real};
 use crate::error::Result;
 
@@ -73,6 +76,71 @@ impl Cuda {
                 .arg("float* sum", &sum)
         })?;
         Ok((y, sum))
+    }
+
+    /// x · weightᵀ + bias, its first `heads` heads turned by the angles of their rows' positions before the only
+    /// rounding: columns 2j and 2j + 1 of a head by that of pair j.
+    /// x `[N, in]` · weight `[out, in]`, heads·Hd ≤ out · bias `[1, out]` · positions `[1, N]`, each at least 0 and below
+    /// the table's → `[N, out]`
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::linear_forward`].
+    ///
+    /// # Panics
+    ///
+    /// As there, or Hd is no multiple of 4, the heads do not fit, or positions are not one for each row.
+    pub fn linear_rotated<A: Real>(
+        &self,
+        x: &Buf<A>,
+        weight: &Buf<A>,
+        bias: Option<&Buf<f32>>,
+        heads: usize,
+        table: &RopeTable,
+        positions: &Buf<i32>,
+    ) -> Result<Buf<A>> {
+        let tile = self.tile(Direction::Forward, x, weight);
+        self.linear_rotated_with(tile, x, weight, bias, heads, table, positions)
+    }
+
+    /// [`Cuda::linear_rotated`] by a kernel of the caller's choice.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    ///
+    /// # Panics
+    ///
+    /// As there, or the kernel cannot read such rows ([`Tile::reads`]).
+    pub fn linear_rotated_with<A: Real>(
+        &self,
+        tile: Tile,
+        x: &Buf<A>,
+        weight: &Buf<A>,
+        bias: Option<&Buf<f32>>,
+        heads: usize,
+        table: &RopeTable,
+        positions: &Buf<i32>,
+    ) -> Result<Buf<A>> {
+        let product = Product { operation: Operation::Rotated, tile, left: x, weight, output: A::FORMAT };
+        let Shape { rows, out_features, .. } = product.shape();
+        bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
+        assert_size(positions, 1, rows, "positions");
+        let (pairs, rotated) = (table.pairs(), 2 * heads * table.pairs());
+        assert!(pairs.is_multiple_of(2), "heads of {}: four neighbours must be of one", 2 * pairs);
+        assert!(rotated <= out_features, "{heads} heads of {} in rows of {out_features}", 2 * pairs);
+        let out = Buf::<A>::new(&self.device.memory, rows, out_features)?;
+        self.product(&product, |launch| {
+            launch
+                .arg("const float* bias", bias)
+                .arg("const int* positions", positions)
+                .arg("const float* cos", &table.cos)
+                .arg("const float* sin", &table.sin)
+                .arg("int pairs", int(pairs))
+                .arg("int rotated", int(rotated))
+                .arg(A::FORMAT.pick("float* out", "bf16* out"), &out)
+        })?;
+        Ok(out)
     }
 
     /// act(g)·u, where g and u are every other column of x · weightᵀ + bias, from g on; with `keep` they are

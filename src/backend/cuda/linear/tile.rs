@@ -17,6 +17,7 @@ pub enum Direction {
 pub(super) enum Operation {
     Forward,
     Add,
+    Rotated,
     Gated,
     Exponentials,
     Backward,
@@ -27,7 +28,9 @@ impl Operation {
     /// Of its product.
     pub(super) fn direction(self) -> Direction {
         match self {
-            Self::Forward | Self::Add | Self::Gated | Self::Exponentials => Direction::Forward,
+            Self::Forward | Self::Add | Self::Rotated | Self::Gated | Self::Exponentials => {
+                Direction::Forward
+            }
             Self::Backward | Self::GatedBackward => Direction::Backward,
         }
     }
@@ -158,6 +161,7 @@ impl Tile {
         let names = match operation {
             Operation::Forward => output.pick(names!("forward", "_f32"), names!("forward", "_bf16")),
             Operation::Add => names!("add"),
+            Operation::Rotated => names!("rotated"),
             Operation::Gated => names!("gated"),
             Operation::Exponentials => names!("exponentials"),
             Operation::Backward => output.pick(names!("backward", "_f32"), names!("backward", "_bf16")),
