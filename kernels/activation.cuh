@@ -1,5 +1,5 @@
 // Activations of the gated MLP and their derivatives, float32. Which one is a number that is the same for a whole
-// launch, `activation_code` in src/backend/cuda/elementwise.rs:
+// launch, `Activation` in src/backend/cuda/activation.rs:
 //
 //   0  silu        g·σ(g)                      σ(x) = 1 / (1 + e⁻ˣ)
 //   1  gelu_tanh   g·σ(2u)                     u = √(2/π)·(g + 0.044715·g³); the same as g·(1 + tanh u)/2

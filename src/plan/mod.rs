@@ -150,6 +150,12 @@ impl Plan {
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
         at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
         let devices = Devices::resolve(&args.machine, &mut warnings)?;
+        if args.memory.is_some() && !matches!(devices, Devices::Cpu) {
+            warnings.push(
+                "--memory is for the CPU and changes nothing here; --device_memory is for CUDA devices"
+                    .into(),
+            );
+        }
         let free_bytes = free_memory()?;
         let budget_bytes = budget(args.memory, free_bytes)?;
         let normalise = match (args.normalize_gradients, args.normalize_mode) {
