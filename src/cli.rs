@@ -215,9 +215,9 @@ pub struct FetchArgs {
     pub sae: Option<String>,
 }
 
-/// `gradlens demo`.
+/// `gradlens demo`. Its model is so small that compiling kernels for a CUDA device takes longer than the CPU does.
 #[derive(Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", mut_arg("device", |arg| arg.default_value("cpu")))]
 pub struct DemoArgs {
     /// Where the results' folder is made
     #[arg(long, default_value = "gradlens_demo", value_name = "FOLDER")]
