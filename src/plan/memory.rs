@@ -228,23 +228,19 @@ fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: boo
             end = block.tap(Site::Mlp).map_or(end, |tap| tap + 1);
         }
         let last = block.last_uses(end);
-        let of = |slots: &dyn Fn(usize) -> bool| -> u64 {
-            (0..bytes.len()).filter(|&slot| slots(slot)).map(|slot| bytes[slot] as u64).sum()
+        // Of the slots that are there while an op runs: from their writer to their last reader, and what nothing reads
+        // while it is written. On the way back their gradients are.
+        let live = |index: usize| -> u64 {
+            let alive = |slot: usize| {
+                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
+            };
+            (0..bytes.len()).filter(|&slot| alive(slot)).map(|slot| bytes[slot] as u64).sum()
         };
-        let forward = (0..end).map(|index| {
-            // What nothing reads is there while it is written.
-            let alive = |slot: usize| {
-                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
-            };
-            of(&alive) + backend.temporary_bytes(block, index)[0]
-        });
-        // On the way back the saved values stay, and a gradient lives from the last reader of its slot to its writer.
-        let backward = (0..block.ops.len()).map(|index| {
-            let alive = |slot: usize| {
-                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
-            };
-            kept_bytes(backend, block) + of(&alive) + backend.temporary_bytes(block, index)[1]
-        });
+        let forward = (0..end).map(|index| live(index) + backend.temporary_bytes(block, index)[0]);
+        // The saved values stay.
+        let kept = kept_bytes(backend, block);
+        let backward =
+            (0..block.ops.len()).map(|index| kept + live(index) + backend.temporary_bytes(block, index)[1]);
         let forward = forward.max().unwrap_or(0);
         if gradients { forward.max(backward.max().unwrap_or(0)) } else { forward }
     };
