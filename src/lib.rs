@@ -19,7 +19,7 @@
 //! | T | tokens of one sample | Hd | head dim |
 //! | T_s | length of sample s | V | vocabulary |
 //! | D | hidden size | L | layers |
-//! | I | MLP inner size | | |
+//! | I | MLP inner size | F | SAE features |
 //!
 //! Losses are in nats. Sizes in bytes say `_bytes`, times `_s` or `_ms`.
 

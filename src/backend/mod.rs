@@ -9,8 +9,11 @@
 
 pub mod cpu;
 pub mod cuda;
+mod sae;
 
 use std::ops::Range;
+
+pub use sae::{FeatureSums, FeatureValues, Fit, Place, Positions, SaeBackend, SaeGradient};
 
 use crate::error::Result;
 use crate::model::op::{Attention, Block, Fused, Site, Weight};

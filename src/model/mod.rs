@@ -6,6 +6,7 @@ mod describe;
 pub mod op;
 mod program;
 mod rope;
+pub mod sae;
 pub mod tensor;
 
 pub use config::{Activation, Config, Rope, RopeScaling};

@@ -1,0 +1,153 @@
+//! What a backend must be able to do with sparse autoencoders: add up features over tokens, without ever holding more
+//! than a tile of the `[N, F]` matrix, and put a reconstruction in a site's place.
+
+use std::ops::Range;
+
+use super::{Backend, Moments, NonFinite};
+use crate::error::Result;
+use crate::model::sae::SaeWeights;
+
+/// Which tokens of a chunk are looked at: of each sample the positions `first`, `first + stride`, …
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Positions {
+    /// Index in the corpus and rows of each sample.
+    pub samples: Vec<(u64, Range<usize>)>,
+    /// Distance between positions, at least 1.
+    pub stride: usize,
+    /// First position of each sample, from 0.
+    pub first: usize,
+}
+
+impl Positions {
+    /// The chosen rows, by sample.
+    pub fn rows(&self) -> impl Iterator<Item = impl Iterator<Item = usize> + use<'_>> {
+        self.samples.iter().map(|(_, rows)| rows.clone().skip(self.first).step_by(self.stride))
+    }
+
+    /// Tokens looked at in samples of at least `shortest` tokens.
+    pub fn count(&self, shortest: usize) -> u64 {
+        let chosen = |(_, rows): &(u64, Range<usize>)| match rows.len() >= shortest {
+            true => rows.len().saturating_sub(self.first).div_ceil(self.stride) as u64,
+            false => 0,
+        };
+        self.samples.iter().map(chosen).sum()
+    }
+}
+
+/// Which features a gradient counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaeGradient {
+    /// Every feature, also where it does not fire: dL/df is defined there too.
+    All,
+    /// Only where f > 0; zero elsewhere.
+    Active,
+}
+
+/// Where a feature was largest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Index of the sample in the corpus, among kept texts.
+    pub sample: u64,
+    /// Token in the sample, from 0.
+    pub position: u32,
+}
+
+/// Sums of feature activations f ≥ 0.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FeatureValues {
+    /// `sum_abs` equals `sum`: no activation is negative. `max_abs` is the largest activation. `[F]`
+    pub moments: Moments,
+    /// Tokens at which f > 0. `[F]`
+    pub fired: Vec<u64>,
+    /// The first token at which f was largest, where it fired. `[F]`
+    pub max_at: Vec<Place>,
+}
+
+/// Per-feature sums of one SAE.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FeatureSums {
+    /// Of f.
+    pub values: Option<FeatureValues>,
+    /// Of dL/df. A sample with a single token has no loss and is not counted.
+    pub gradients: Option<Moments>,
+    /// Of f·dL/df, counted like gradients.
+    pub attribution: Option<Moments>,
+}
+
+/// How well an SAE reconstructs what it is given.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Fit {
+    /// Tokens.
+    pub tokens: u64,
+    /// Features that fired, over all tokens.
+    pub fired: u64,
+    /// Σ ‖x − x̂‖².
+    pub residual: f64,
+    /// Σ x. `[D]`
+    pub sum: Vec<f64>,
+    /// Σ ‖x‖².
+    pub sum_sq: f64,
+}
+
+impl Fit {
+    /// Fraction of variance unexplained, Σ‖x − x̂‖²/Σ‖x − x̄‖²: 0 is perfect, 1 no better than the mean.
+    pub fn fvu(&self) -> f64 {
+        let mean_sq: f64 = self.sum.iter().map(|sum| sum * sum).sum::<f64>() / self.tokens as f64;
+        self.residual / (self.sum_sq - mean_sq)
+    }
+
+    /// Features that fire on a token, on average.
+    pub fn l0(&self) -> f64 {
+        self.fired as f64 / self.tokens as f64
+    }
+}
+
+/// A backend that knows SAEs. `x` and `dx` are values and gradients at the SAE's site, `[N, D]`.
+pub trait SaeBackend: Backend {
+    /// A copy.
+    fn copy(&self, x: &Self::Buf) -> Result<Self::Buf>;
+
+    /// Adds the tokens at `at` to those of `into`'s sums that are there (`Some`, of F features): to `values` where `x`
+    /// is given, to `gradients` where `dx` is, to `attribution` where both are. [`SaeGradient::Active`] needs both.
+    /// Sums do not depend on how samples are cut into chunks.
+    ///
+    /// Returns the first sample (its number in `at`) with a value that is not finite.
+    fn features(
+        &self,
+        sae: &SaeWeights,
+        at: &Positions,
+        x: Option<&Self::Buf>,
+        dx: Option<&Self::Buf>,
+        gradient: SaeGradient,
+        into: &mut FeatureSums,
+    ) -> Result<Result<(), NonFinite>>;
+
+    /// `x` with the reconstruction x̂ in the rows at `at`. Adds those tokens to `values`, as [`SaeBackend::features`]
+    /// does, and to `fit`, where these are given.
+    fn reconstruct(
+        &self,
+        sae: &SaeWeights,
+        at: &Positions,
+        x: &Self::Buf,
+        values: Option<&mut FeatureValues>,
+        fit: Option<&mut Fit>,
+    ) -> Result<Self::Buf>;
+
+    /// `into[d] += Σ_t v_t[d]` and `count` over the tokens at `at` of samples of at least two tokens, where v is `dx`
+    /// times the factor that undoing the SAE's normalisation has: Σ dL/df is one product of W_dec with it, see
+    /// [`SaeBackend::decode_gradient`]. `x` is needed where the SAE normalises. `into` is of D.
+    fn add_output_gradients(
+        &self,
+        sae: &SaeWeights,
+        at: &Positions,
+        x: Option<&Self::Buf>,
+        dx: &Self::Buf,
+        into: &mut Moments,
+    ) -> Result<Result<(), NonFinite>>;
+
+    /// decoder_scale ∘ (W_dec v), in float64. v `[D]` → `[F]`
+    fn decode_gradient(&self, sae: &SaeWeights, v: &[f64]) -> Result<Vec<f64>>;
+
+    /// Bytes that these methods need at most besides arguments and results, for N = `tokens`.
+    fn sae_workspace_bytes(&self, sae: &SaeWeights, tokens: usize) -> u64;
+}
