@@ -108,7 +108,8 @@ pub trait SaeBackend: Backend {
     fn copy(&self, x: &Self::Buf) -> Result<Self::Buf>;
 
     /// Adds the tokens at `at` to those of `into`'s sums that are there (`Some`, of F features): to `values` where `x`
-    /// is given, to `gradients` where `dx` is, to `attribution` where both are. [`SaeGradient::Active`] needs both.
+    /// is given, to `gradients` where `dx` is, to `attribution` where both are. [`SaeGradient::Active`] needs both, and
+    /// so does an SAE that normalises.
     /// Sums do not depend on how samples are cut into chunks.
     ///
     /// Returns the first sample (its number in `at`) with a value that is not finite.
@@ -123,7 +124,7 @@ pub trait SaeBackend: Backend {
     ) -> Result<Result<(), NonFinite>>;
 
     /// `x` with the reconstruction x̂ in the rows at `at`. Adds those tokens to `values`, as [`SaeBackend::features`]
-    /// does, and to `fit`, where these are given.
+    /// does, and, but for position 0 of each sample, to `fit`, where these are given.
     fn reconstruct(
         &self,
         sae: &SaeWeights,

@@ -16,6 +16,8 @@ pub enum Keep {
     Input,
     /// The output and every value that the backward of the ops from this index on reads.
     For(usize),
+    /// Every value that the ops after the walked ones read.
+    Rest,
 }
 
 /// Runs `block.ops[ops]` on `state`. A slot is freed after its last use unless `keep` wants it.
@@ -39,6 +41,7 @@ pub fn forward<B: Backend>(
         Keep::Output => vec![false; block.widths.len()],
         Keep::Input => (0..block.widths.len()).map(|slot| slot == Block::INPUT.0).collect(),
         Keep::For(start) => block.saved(start),
+        Keep::Rest => block.read(ops.end),
     };
     // What a fused op has to write: what is read by an op to come, on either way, or by the next block.
     let whole = ops.end == block.ops.len();

@@ -4,6 +4,7 @@
 mod backward;
 mod forward;
 mod pass;
+mod splice;
 mod tiers;
 mod totals;
 

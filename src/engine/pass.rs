@@ -1,5 +1,7 @@
 //! The pass loop: a pass goes through layer after layer, and inside a layer its chunks go one by one.
 
+use std::rc::Rc;
+
 use super::forward::Keep;
 use super::tiers::{Model, Stage};
 use super::{PassRun, State, backward, forward};
@@ -90,20 +92,21 @@ const AHEAD: usize = 2;
 
 /// Runs passes through a model.
 pub struct Engine<'a, B: Backend> {
-    backend: &'a B,
-    model: Model<B>,
+    pub(super) backend: &'a B,
+    pub(super) model: Model<B>,
     inv_freq: Vec<f32>,
-    spec: EngineSpec,
-    interrupt: Interrupt,
+    pub(super) spec: EngineSpec,
+    pub(super) interrupt: Interrupt,
 }
 
 /// One chunk's way through a pass.
-struct Stream<B: Backend> {
-    chunk: B::Chunk,
+pub(super) struct Stream<B: Backend> {
+    /// Shared with what branches off.
+    pub chunk: Rc<B::Chunk>,
     /// The residual stream, later its gradient; `[N, D]`. `None` only while a block holds it.
-    residual: Option<B::Buf>,
+    pub residual: Option<B::Buf>,
     /// Per layer what its backward needs.
-    saved: Vec<Option<State<B>>>,
+    pub saved: Vec<Option<State<B>>>,
 }
 
 impl<'a, B: Backend> Engine<'a, B> {
@@ -137,29 +140,9 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// What the device and the sink refuse, and an interruption. Sums are then incomplete.
     pub fn run(&mut self, pass: &Pass, sink: &mut dyn Sink<B>) -> Result<PassRun<B>> {
         let layers = self.model.program.blocks.len();
-        let mut run = PassRun {
-            tokens: 0,
-            samples: 0,
-            end_of_samples: pass.samples.last().map_or(0, |last| last + 1),
-            targets: 0,
-            nats: None,
-            visits: Vec::new(),
-            layers,
-        };
-        let Some(&first) = self.spec.layers.first() else { return Ok(run) };
-        let chunks = cut(pass, &self.spec);
-        let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
-        let rope = self.backend.rope_table(&self.inv_freq, longest)?;
-        run.tokens = pass.ids.len() as u64;
-        run.samples = chunks.iter().map(|chunk| chunk.num_samples() as u64).sum();
+        let Some(&first) = self.spec.layers.first() else { return Ok(PassRun::new(pass, layers)) };
+        let (mut run, rope, mut streams) = self.begin(pass)?;
         let end = self.spec.visited_layers(layers);
-
-        self.model.enter(self.backend, Stage::Embed, Some(Stage::Layer(0)))?;
-        let mut streams = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
-            self.interrupt.check()?;
-            streams.push(self.embed(&rope, chunk)?);
-        }
         let mut before = Stage::Embed;
         for layer in 0..end {
             let stage = Stage::Layer(layer);
@@ -170,7 +153,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.turn(&mut before, stage, next)?;
             let started = self.backend.mark()?;
             for stream in &mut streams {
-                self.layer_forward(&rope, layer, stream, sink)?;
+                self.layer_forward(&rope, layer, stream, self.backward_start(layer), sink)?;
             }
             run.visits.push((layer, started, self.backend.mark()?));
             self.keep_up(&run)?;
@@ -182,7 +165,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         let above = |layer: usize| (layer > first).then(|| Stage::Layer(layer - 1));
         self.turn(&mut before, Stage::Head, above(layers))?;
         for stream in &mut streams {
-            self.head(&rope, stream, &mut run)?;
+            run.count_targets((*stream.chunk).as_ref());
+            run.nats.extend(self.head(&rope, stream)?);
         }
         for layer in (first..layers).rev() {
             self.turn(&mut before, Stage::Layer(layer), above(layer))?;
@@ -197,15 +181,30 @@ impl<'a, B: Backend> Engine<'a, B> {
         Ok(run)
     }
 
+    /// Cuts a pass into chunks and brings each as far as the first layer.
+    pub(super) fn begin(&mut self, pass: &Pass) -> Result<(PassRun<B>, B::Rope, Vec<Stream<B>>)> {
+        let run = PassRun::new(pass, self.model.program.blocks.len());
+        let chunks = cut(pass, &self.spec);
+        let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
+        let rope = self.backend.rope_table(&self.inv_freq, longest)?;
+        self.model.enter(self.backend, Stage::Embed, Some(Stage::Layer(0)))?;
+        let mut streams = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            self.interrupt.check()?;
+            streams.push(self.embed(&rope, chunk)?);
+        }
+        Ok((run, rope, streams))
+    }
+
     /// Waits until the device is at most [`AHEAD`] layers behind: enough to keep it busy, and little to wait for when
     /// somebody asks to stop.
-    fn keep_up(&self, run: &PassRun<B>) -> Result<()> {
+    pub(super) fn keep_up(&self, run: &PassRun<B>) -> Result<()> {
         let mark = run.visits.len().checked_sub(1 + AHEAD).map(|visit| &run.visits[visit].2);
         mark.map_or(Ok(()), |mark| self.backend.wait(mark))
     }
 
     /// From one stage to the next: its weights, and room for those of the stage after it.
-    fn turn(&mut self, before: &mut Stage, stage: Stage, next: Option<Stage>) -> Result<()> {
+    pub(super) fn turn(&mut self, before: &mut Stage, stage: Stage, next: Option<Stage>) -> Result<()> {
         self.model.leave(self.backend, *before, Some(stage))?;
         *before = stage;
         self.model.enter(self.backend, stage, next)
@@ -213,7 +212,7 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     /// First op whose backward a layer runs: the lowest wanted layer stops at its tap, where
     /// dL/d(mlp output) is the gradient of the residual stream. Layers below run none (`None`).
-    fn backward_start(&self, layer: usize) -> Option<usize> {
+    pub(super) fn backward_start(&self, layer: usize) -> Option<usize> {
         let first = *self.spec.layers.first()?;
         match layer {
             l if !self.spec.gradients || l < first => None,
@@ -231,19 +230,20 @@ impl<'a, B: Backend> Engine<'a, B> {
             Ok(())
         })?;
         let saved = self.model.program.blocks.iter().map(|_| None).collect();
-        Ok(Stream { chunk, residual: state.slots[0].take(), saved })
+        Ok(Stream { chunk: Rc::new(chunk), residual: state.slots[0].take(), saved })
     }
 
-    fn layer_forward(
+    /// `backward`: the first op whose backward will run, if any.
+    pub(super) fn layer_forward(
         &self,
         rope: &B::Rope,
         layer: usize,
         stream: &mut Stream<B>,
+        backward: Option<usize>,
         sink: &mut dyn Sink<B>,
     ) -> Result<()> {
         self.interrupt.check()?;
         let block = &self.model.program.blocks[layer];
-        let backward = self.backward_start(layer);
         let keep = match backward {
             None => Keep::Output,
             Some(0) if layer < self.spec.keep_from => Keep::Input,
@@ -255,9 +255,9 @@ impl<'a, B: Backend> Engine<'a, B> {
         let end =
             if stop { block.tap(Site::Mlp).map_or(block.ops.len(), |tap| tap + 1) } else { block.ops.len() };
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Values };
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
         forward(self.backend, &scope, block, 0..end, keep, &mut state, &mut |_, x| {
-            sink.push(self.backend, tap, stream.chunk.as_ref(), x)
+            sink.push(self.backend, tap, (*stream.chunk).as_ref(), x)
         })?;
         stream.residual = state.slots[block.output.0].take();
         if backward.is_some() {
@@ -267,22 +267,20 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// Loss, and the gradient of the residual stream after the last layer.
-    fn head(&self, rope: &B::Rope, stream: &mut Stream<B>, run: &mut PassRun<B>) -> Result<()> {
+    pub(super) fn head(&self, rope: &B::Rope, stream: &mut Stream<B>) -> Result<Option<B::Nats>> {
         self.interrupt.check()?;
         let block = &self.model.program.head;
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
         let mut state = State::new(block.widths.len(), stream.residual.take());
         let ops = 0..block.ops.len();
         forward(self.backend, &scope, block, ops.clone(), Keep::For(0), &mut state, &mut |_, _| Ok(()))?;
-        run.nats.get_or_insert_with(Vec::new).extend(state.nats.take());
-        let targets = |rows: std::ops::Range<usize>| rows.len().saturating_sub(1) as u64;
-        run.targets += stream.chunk.as_ref().samples().map(targets).sum::<u64>();
+        let nats = state.nats.take();
         backward(self.backend, &scope, block, ops, &mut state, &mut |_, _| Ok(()))?;
         stream.residual = state.grads[Block::INPUT.0].take();
-        Ok(())
+        Ok(nats)
     }
 
-    fn layer_backward(
+    pub(super) fn layer_backward(
         &self,
         rope: &B::Rope,
         layer: usize,
@@ -293,7 +291,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         let (Some(start), Some(mut state)) = (self.backward_start(layer), stream.saved[layer].take()) else {
             return Ok(());
         };
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &stream.chunk };
+        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
         if layer < self.spec.keep_from && start == 0 {
             self.interrupt.check()?;
             // As far as the last value that the way back reads: the down-projection is not computed again.
@@ -304,7 +302,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         state.grads[block.output.0] = stream.residual.take();
         let tap = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };
         backward(self.backend, &scope, block, start..block.ops.len(), &mut state, &mut |_, x| {
-            sink.push(self.backend, tap, stream.chunk.as_ref(), x)
+            sink.push(self.backend, tap, (*stream.chunk).as_ref(), x)
         })?;
         stream.residual = state.grads[Block::INPUT.0].take();
         Ok(())

@@ -225,6 +225,15 @@ impl<F: Fused> Block<F> {
         saved
     }
 
+    /// For each slot whether `ops[start..]` read it.
+    pub fn read(&self, start: usize) -> Vec<bool> {
+        let mut read = vec![false; self.widths.len()];
+        for slot in self.ops[start..].iter().flat_map(Op::inputs) {
+            read[slot.0] = true;
+        }
+        read
+    }
+
     /// Weights the block reads, each once.
     pub fn weights(&self) -> Vec<Weight> {
         let mut weights: Vec<Weight> = self.ops.iter().flat_map(Op::weights).collect();

@@ -1,8 +1,10 @@
 //! Statistics of what the walks show: the [`Sink`] they push to, and per-dimension sums.
 
 mod moments;
+mod sae;
 
 pub use moments::{LayerMoments, MomentSink};
+pub use sae::{Example, LayerFeatures, SaeSink, SaeSpec};
 
 use std::fmt;
 
@@ -28,6 +30,27 @@ impl fmt::Display for Direction {
     }
 }
 
+/// What a run is asked for, of dimensions or of SAE features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Quantity {
+    /// v: an activation.
+    Values,
+    /// dL/dv.
+    Gradients,
+    /// v·dL/dv of SAE features: to first order what L would lose without the feature.
+    Attribution,
+}
+
+impl fmt::Display for Quantity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Values => "values",
+            Self::Gradients => "gradients",
+            Self::Attribution => "attribution",
+        })
+    }
+}
+
 /// Where in the model a buffer comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tap {
@@ -46,4 +69,14 @@ pub trait Sink<B: Backend> {
     /// # Errors
     /// A NaN or an infinity, with its layer and sample.
     fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()>;
+}
+
+/// A sink that puts something else in the place of a site's value.
+pub trait Splice<B: Backend>: Sink<B> {
+    /// What the rest of the model is to see instead of `x`, `[N, width]`. Its gradient is pushed afterwards: for a tap,
+    /// that of each chunk in corpus order.
+    ///
+    /// # Errors
+    /// The device's.
+    fn replace(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<B::Buf>;
 }

@@ -1,0 +1,258 @@
+//! Sums of SAE features at the wanted layers, how well each SAE fits, and where each feature was largest.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use super::{Direction, Quantity, Sink, Splice, Tap};
+use crate::backend::{
+    Backend, Chunk, FeatureSums, FeatureValues, Fit, Moments, NonFinite, Place, Positions, SaeBackend,
+    SaeGradient,
+};
+use crate::error::{Error, Result};
+use crate::model::sae::{InputNorm, SaeWeights};
+
+/// Tokens of each layer on which an SAE's reconstruction is checked.
+const CHECKED_TOKENS: u64 = 4096;
+/// Tokens of an [`Example`] before and after the one where the feature is largest.
+const AROUND: [usize; 2] = [10, 5];
+const WINDOW: usize = AROUND[0] + 1 + AROUND[1];
+
+/// What is asked of the SAEs.
+#[derive(Clone, Debug)]
+pub struct SaeSpec {
+    /// The SAE of each wanted layer.
+    pub saes: BTreeMap<usize, SaeWeights>,
+    /// What is wanted; values come with everything but signed means alone.
+    pub quantity: Quantity,
+    /// Which features gradients count for.
+    pub gradient: SaeGradient,
+    /// Of the gradients nothing but Σ dL/df: one product of W_dec with Σ dL/dx, and no encoding.
+    pub signed_sums_alone: bool,
+    /// Distance between the positions that count, from position 0 of each sample.
+    pub position_stride: usize,
+}
+
+impl SaeSpec {
+    /// Whether gradients are wanted.
+    pub fn gradients(&self) -> bool {
+        self.quantity != Quantity::Values
+    }
+
+    /// Whether f and dL/df are needed together, so that x waits for its gradient.
+    fn both(&self) -> bool {
+        self.gradients() && (self.gradient == SaeGradient::Active || self.quantity == Quantity::Attribution)
+    }
+
+    /// The sums of a layer, empty.
+    fn sums(&self, features: usize) -> FeatureSums {
+        let wanted = !self.signed_sums_alone;
+        let moments = |there: bool| (there && wanted).then(|| Moments::new(features));
+        FeatureSums {
+            values: wanted.then(|| FeatureValues {
+                moments: Moments::new(features),
+                fired: vec![0; features],
+                max_at: vec![Place::default(); features],
+            }),
+            gradients: moments(self.gradients()),
+            attribution: moments(self.quantity == Quantity::Attribution),
+        }
+    }
+}
+
+/// Tokens around the one at which a feature was largest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Example {
+    /// Where it was.
+    pub place: Place,
+    ids: [u32; WINDOW],
+    len: u8,
+    at: u8,
+}
+
+impl Example {
+    /// `ids` are those of the sample.
+    fn new(place: Place, ids: &[u32]) -> Self {
+        let position = place.position as usize;
+        let from = position.saturating_sub(AROUND[0]);
+        let around = &ids[from..ids.len().min(position + 1 + AROUND[1])];
+        let mut window = [0; WINDOW];
+        window[..around.len()].copy_from_slice(around);
+        Self { place, ids: window, len: around.len() as u8, at: (position - from) as u8 }
+    }
+
+    /// Ids of the tokens before it, of its own, and of those after it.
+    pub fn tokens(&self) -> [&[u32]; 3] {
+        let (before, rest) = self.ids[..usize::from(self.len)].split_at(usize::from(self.at));
+        let (own, after) = rest.split_at(rest.len().min(1));
+        [before, own, after]
+    }
+}
+
+/// What one SAE adds up to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LayerFeatures {
+    /// Per feature.
+    pub sums: FeatureSums,
+    /// Of the first tokens, position 0 of each sample left out.
+    pub fit: Fit,
+    /// Of each feature, if values are there; of one that never fired without tokens. `[F]`
+    pub examples: Vec<Example>,
+}
+
+/// Collects [`LayerFeatures`] at the layers that have an SAE.
+pub struct SaeSink<B: Backend> {
+    spec: SaeSpec,
+    layers: BTreeMap<usize, Layer<B>>,
+}
+
+struct Layer<B: Backend> {
+    result: LayerFeatures,
+    /// Σ dL/dx, where signed sums alone are wanted.
+    output_gradients: Option<Moments>,
+    /// Values that wait for their gradients, by chunk.
+    waiting: VecDeque<B::Buf>,
+}
+
+impl<B: SaeBackend> SaeSink<B> {
+    /// Nothing seen yet.
+    pub fn new(spec: SaeSpec) -> Self {
+        let layer = |(&layer, sae): (&usize, &SaeWeights)| {
+            let features = sae.num_features();
+            let sums = spec.sums(features);
+            let examples = match sums.values {
+                Some(_) => vec![Example::default(); features],
+                None => Vec::new(),
+            };
+            let fit = Fit { sum: vec![0.0; sae.width()], ..Fit::default() };
+            let state = Layer {
+                result: LayerFeatures { sums, fit, examples },
+                output_gradients: spec.signed_sums_alone.then(|| Moments::new(sae.width())),
+                waiting: VecDeque::new(),
+            };
+            (layer, state)
+        };
+        let layers = spec.saes.iter().map(layer).collect();
+        Self { spec, layers }
+    }
+
+    /// The sums so far, by layer.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn read(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerFeatures>> {
+        let layer = |(&layer, state): (&usize, &Layer<B>)| {
+            let mut result = state.result.clone();
+            if let Some(v) = &state.output_gradients {
+                let sum = backend.decode_gradient(&self.spec.saes[&layer], &v.sum)?;
+                result.sums.gradients = Some(Moments { sum, count: v.count, ..Moments::default() });
+            }
+            Ok((layer, result))
+        };
+        self.layers.iter().map(layer).collect()
+    }
+
+    fn values(&mut self, backend: &B, layer: usize, chunk: &Chunk, x: &B::Buf) -> Result<()> {
+        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+        let (Some(sae), Some(state)) = (spec.saes.get(&layer), self.layers.get_mut(&layer)) else {
+            return Ok(());
+        };
+        let result = &mut state.result;
+        let alone = !spec.both();
+        let checking = result.fit.tokens < CHECKED_TOKENS;
+        let needs_x = spec.both() || (spec.gradients() && sae.norm != InputNorm::None);
+        if checking {
+            // What is encoded for the check is added up at once.
+            let values = result.sums.values.as_mut().filter(|_| alone);
+            drop(backend.reconstruct(sae, &at, x, values, Some(&mut result.fit))?);
+            if !(result.fit.residual.is_finite() && result.fit.sum_sq.is_finite()) {
+                return Err(not_finite(layer, "reconstruction", None));
+            }
+        } else if alone && result.sums.values.is_some() {
+            let finite = backend.features(sae, &at, Some(x), None, spec.gradient, &mut result.sums)?;
+            finite.map_err(|bad| not_finite(layer, "values", Some((&at, bad))))?;
+        }
+        if alone {
+            result.find_examples(chunk);
+        }
+        if needs_x {
+            state.waiting.push_back(backend.copy(x)?);
+        }
+        Ok(())
+    }
+
+    fn gradients(&mut self, backend: &B, layer: usize, chunk: &Chunk, dx: &B::Buf) -> Result<()> {
+        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+        let (Some(sae), Some(state)) = (spec.saes.get(&layer), self.layers.get_mut(&layer)) else {
+            return Ok(());
+        };
+        let x = state.waiting.pop_front();
+        let result = &mut state.result;
+        let finite = if let Some(sums) = &mut state.output_gradients {
+            backend.add_output_gradients(sae, &at, x.as_ref(), dx, sums)?
+        } else if spec.both() {
+            let finite = backend.features(sae, &at, x.as_ref(), Some(dx), spec.gradient, &mut result.sums)?;
+            result.find_examples(chunk);
+            finite
+        } else {
+            // The values were added when they were shown.
+            let values = result.sums.values.take();
+            let finite = backend.features(sae, &at, x.as_ref(), Some(dx), spec.gradient, &mut result.sums);
+            result.sums.values = values;
+            finite?
+        };
+        finite.map_err(|bad| not_finite(layer, "gradients", Some((&at, bad))))
+    }
+}
+
+impl LayerFeatures {
+    /// Takes the tokens around what is largest in `chunk` of all that was seen.
+    fn find_examples(&mut self, chunk: &Chunk) {
+        let Some(values) = &self.sums.values else { return };
+        let Some(&first) = chunk.indices.first() else { return };
+        for ((example, &place), &fired) in self.examples.iter_mut().zip(&values.max_at).zip(&values.fired) {
+            let new = fired > 0 && place.sample >= first && (example.len == 0 || example.place != place);
+            if let Some(sample) = new.then(|| chunk.indices.binary_search(&place.sample).ok()).flatten() {
+                let rows = chunk.cu_seqlens[sample]..chunk.cu_seqlens[sample + 1];
+                *example = Example::new(place, &chunk.ids[rows]);
+            }
+        }
+    }
+}
+
+impl<B: SaeBackend> Sink<B> for SaeSink<B> {
+    fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
+        match tap.direction {
+            Direction::Values => self.values(backend, tap.layer, chunk, x),
+            Direction::Gradients => self.gradients(backend, tap.layer, chunk, x),
+        }
+    }
+}
+
+impl<B: SaeBackend> Splice<B> for SaeSink<B> {
+    fn replace(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<B::Buf> {
+        let at = positions(chunk, self.spec.position_stride);
+        let sae = &self.spec.saes[&tap.layer];
+        backend.reconstruct(sae, &at, x, None, None)
+    }
+}
+
+/// All samples of `chunk`, every `stride`-th position.
+fn positions(chunk: &Chunk, stride: usize) -> Positions {
+    let samples: Vec<(u64, Range<usize>)> = chunk.indices.iter().copied().zip(chunk.samples()).collect();
+    Positions { samples, stride, first: 0 }
+}
+
+fn not_finite(layer: usize, what: &str, sample: Option<(&Positions, NonFinite)>) -> Error {
+    let place = match sample {
+        Some((at, NonFinite(number))) => format!(
+            "layer {layer}, sample {} (counted from 0 among the kept texts)",
+            at.samples.get(number).map_or(0, |(sample, _)| *sample)
+        ),
+        None => format!("layer {layer}"),
+    };
+    Error::new(format!("not a finite number in the {what} of the SAE's features"))
+        .at(place)
+        .expected("finite values everywhere")
+        .found("NaN or infinity")
+        .hint("look for NaN in the weights of the model and of the SAE")
+}
