@@ -58,7 +58,10 @@ impl<'a> Left<'a> {
 
     /// Some of the rows, from a multiple of [`BLOCK`] on.
     pub fn part(&self, rows: Range<usize>) -> Left<'a> {
-        assert!(rows.start % BLOCK == 0 && rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?}");
+        assert!(
+            rows.start.is_multiple_of(BLOCK) && rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?}"
+        );
         let row_lines = self.depth.div_ceil(BLOCK) * PARTS;
         let lines = &self.lines[rows.start * row_lines..rows.end.next_multiple_of(BLOCK) * row_lines];
         Left { lines, rows: rows.len(), depth: self.depth }

@@ -74,21 +74,21 @@ impl<T: Element> Kept<T> {
             }
             let heap = heap.get_or_insert_with(|| self.heap.lock().unwrap_or_else(PoisonError::into_inner));
             for (feature, &h) in (start..).zip(group) {
-                if !(h >= least) {
-                    continue;
-                }
-                let candidate = Candidate { h, feature: feature as u32 };
-                if heap.len() < k {
-                    heap.push(candidate);
-                } else if let Some(mut worst) = heap.peek_mut()
-                    && candidate < *worst
-                {
-                    *worst = candidate;
-                }
-                if heap.len() == k
-                    && let Some(worst) = heap.peek()
-                {
-                    least = worst.h;
+                // NaN is at least nothing.
+                if h >= least {
+                    let candidate = Candidate { h, feature: feature as u32 };
+                    if heap.len() < k {
+                        heap.push(candidate);
+                    } else if let Some(mut worst) = heap.peek_mut()
+                        && candidate < *worst
+                    {
+                        *worst = candidate;
+                    }
+                    if heap.len() == k
+                        && let Some(worst) = heap.peek()
+                    {
+                        least = worst.h;
+                    }
                 }
             }
         }
