@@ -13,8 +13,11 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gradlens::backend::cpu::{Buf, Cpu};
-use gradlens::backend::{Backend, Chunk, Moments};
+use gradlens::backend::{
+    Backend, Chunk, FeatureSums, FeatureValues, Moments, Place, Positions, SaeBackend, SaeGradient,
+};
 use gradlens::model::op::Attention;
+use gradlens::model::sae::{FeatureMatrix, InputNorm, SaeActivation, SaeWeights};
 use gradlens::model::{Activation, Dtype, Tensor};
 
 /// D.
@@ -27,6 +30,8 @@ const VOCAB: usize = 151_936;
 const ATTENTION: Attention = Attention { heads: 14, kv_heads: 2, head_dim: 64, window: None, scale: 0.125 };
 /// Width of k and of v, K·Hd.
 const KV: usize = ATTENTION.kv_heads * ATTENTION.head_dim;
+/// F.
+const FEATURES: usize = 65_536;
 /// Bytes of an activation's element.
 const F32: usize = 4;
 
@@ -54,6 +59,20 @@ impl Random {
             bytes.extend_from_slice(&four.to_le_bytes());
         }
         Tensor::new(Dtype::BF16, shape.to_vec(), Arc::new(bytes), 0..elements * 2).unwrap()
+    }
+
+    /// The same in float32. An SAE's W_enc or W_dec.
+    fn feature_matrix(&mut self, dtype: Dtype, features_first: bool) -> FeatureMatrix {
+        let shape = if features_first { [FEATURES, HIDDEN] } else { [HIDDEN, FEATURES] };
+        let mut tensor = self.weight(&shape);
+        if dtype == Dtype::F32 {
+            // The lower half: bits that are there already.
+            let widen = |b: &[u8]| [b[0], b[1], b[0], b[1]];
+            let bytes: Vec<u8> = tensor.bytes().chunks_exact(2).flat_map(widen).collect();
+            let len = bytes.len();
+            tensor = Tensor::new(dtype, shape.to_vec(), Arc::new(bytes), 0..len).unwrap();
+        }
+        FeatureMatrix { tensor, features_first }
     }
 
     /// An activation, uniform in −1 to 1. `[rows, width]`
@@ -198,5 +217,76 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, linear, attend, loss, elementwise);
+/// An SAE of 65,536 features over 1,024 tokens: `2·N·F·D` FLOPs for values, as many for gradients. About one feature in
+/// a thousand fires.
+fn sae(c: &mut Criterion) {
+    let (cpu, mut random) = (Cpu::new(), Random(5));
+    let mut group = group(c, "sae");
+    let rows = 1024;
+    let [x, dx] = [(); 2].map(|()| random.activation(&cpu, rows, HIDDEN));
+    let at = Positions {
+        samples: (0..8).map(|s| (s as u64, s * 128..(s + 1) * 128)).collect(),
+        stride: 1,
+        first: 0,
+    };
+    let product = (2 * rows * FEATURES * HIDDEN) as u64;
+    for (name, dtype, features_first) in
+        [("f32", Dtype::F32, true), ("f32_dims_first", Dtype::F32, false), ("bf16", Dtype::BF16, true)]
+    {
+        let [encoder, decoder] = [(); 2].map(|()| random.feature_matrix(dtype, features_first));
+        let mut sae = SaeWeights {
+            encoder,
+            decoder,
+            norm: InputNorm::None,
+            input_bias: None,
+            encoder_scale: None,
+            encoder_bias: vec![-3.0; FEATURES],
+            activation: SaeActivation::Relu,
+            decoder_scale: None,
+            decoder_bias: vec![0.0; HIDDEN],
+        };
+        let values = || {
+            let moments = Moments::new(FEATURES);
+            Some(FeatureValues {
+                moments,
+                fired: vec![0; FEATURES],
+                max_at: vec![Place::default(); FEATURES],
+            })
+        };
+        let mut only_values = FeatureSums { values: values(), ..FeatureSums::default() };
+        let gradients = || Some(Moments::new(FEATURES));
+        let mut only_gradients = FeatureSums { gradients: gradients(), ..FeatureSums::default() };
+        let mut all = FeatureSums { values: values(), gradients: None, attribution: gradients() };
+        group.throughput(Throughput::Elements(product));
+        for (activation, kind) in [("relu", SaeActivation::Relu), ("top_k", SaeActivation::TopK { k: 64 })] {
+            sae.activation = kind;
+            group.bench_function(BenchmarkId::new(format!("{name}/values"), activation), |b| {
+                b.iter(|| {
+                    cpu.features(&sae, &at, Some(black_box(&x)), None, SaeGradient::All, &mut only_values)
+                        .unwrap()
+                        .unwrap()
+                })
+            });
+            group.bench_function(BenchmarkId::new(format!("{name}/attribution"), activation), |b| {
+                b.iter(|| {
+                    cpu.features(&sae, &at, Some(black_box(&x)), Some(&dx), SaeGradient::All, &mut all)
+                        .unwrap()
+                        .unwrap()
+                })
+            });
+            group.bench_function(BenchmarkId::new(format!("{name}/reconstruct"), activation), |b| {
+                b.iter(|| cpu.reconstruct(&sae, &at, black_box(&x), None, None).unwrap())
+            });
+        }
+        group.bench_function(BenchmarkId::new(format!("{name}/gradients"), "all"), |b| {
+            b.iter(|| {
+                cpu.features(&sae, &at, None, Some(black_box(&dx)), SaeGradient::All, &mut only_gradients)
+                    .unwrap()
+                    .unwrap()
+            })
+        });
+    }
+}
+
+criterion_group!(benches, linear, attend, loss, elementwise, sae);
 criterion_main!(benches);

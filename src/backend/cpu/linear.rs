@@ -19,7 +19,7 @@ fn tile_columns(depth: usize) -> usize {
 impl<T: Element> Cpu<T> {
     /// Ranges of output columns, one task each. The tile unit computes whole blocks of 32 columns and reads
     /// the left operand once per task, so it wants wider tasks: with 128 columns it loses a fifth.
-    fn column_ranges(&self, cols: usize, depth: usize) -> Vec<Range<usize>> {
+    pub(super) fn column_ranges(&self, cols: usize, depth: usize) -> Vec<Range<usize>> {
         let (unit, most) = if self.tiles.is_some() { (32, 256 / 32) } else { (1, tile_columns(depth)) };
         let in_columns = |range: Range<usize>| range.start * unit..cols.min(range.end * unit);
         even_ranges(cols.div_ceil(unit), most).map(in_columns).collect()

@@ -44,6 +44,11 @@ impl<'a, T> Mat<'a, T> {
         Self { ptr, rows: rows.len(), cols: cols.len(), ..self }
     }
 
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
     /// The transpose: the same elements.
     pub fn t(self) -> Self {
         Self {

@@ -20,6 +20,7 @@ mod moments;
 mod norm;
 mod product;
 mod rope;
+mod sae;
 
 use std::convert::Infallible;
 use std::ops::Range;

@@ -13,7 +13,7 @@ use crate::model::{Dtype, Tensor};
 
 /// Fewest rows of a left operand: below, the `gemm` crate takes paths whose rounding depends on the number
 /// of rows, and a sample's numbers would depend on its neighbours. Smaller inputs are padded.
-const MIN_ROWS: usize = 72;
+pub(super) const MIN_ROWS: usize = 72;
 
 /// The left operand `[rows, depth]`.
 pub(super) enum Left<'a, T> {
@@ -21,6 +21,24 @@ pub(super) enum Left<'a, T> {
     Plain(Mat<'a, T>),
     /// In bf16 parts.
     Parts(amx::Left<'a>),
+}
+
+impl<T> Left<'_, T> {
+    /// Rows.
+    pub(super) fn rows(&self) -> usize {
+        match self {
+            Self::Plain(left) => left.shape().0,
+            Self::Parts(left) => left.rows(),
+        }
+    }
+
+    /// Some of the rows, from a multiple of 32 on.
+    pub(super) fn part(&self, rows: Range<usize>) -> Left<'_, T> {
+        match self {
+            Self::Plain(left) => Left::Plain(left.part(rows, 0..left.shape().1)),
+            Self::Parts(left) => Left::Parts(left.part(rows)),
+        }
+    }
 }
 
 /// The right operand `[depth, cols]`, made from a stored weight.
@@ -96,10 +114,15 @@ impl<T: Element> Cpu<T> {
 
     /// Memory for a right operand.
     pub(super) fn right_space(&self, dtype: Dtype, depth: usize, cols: usize) -> Buf<T> {
+        self.alloc(1, self.right_space_elements(dtype, depth, cols))
+    }
+
+    /// Elements of [`Cpu::right_space`].
+    pub(super) fn right_space_elements(&self, dtype: Dtype, depth: usize, cols: usize) -> usize {
         if self.tiles.is_some() {
-            return self.alloc(1, amx::Right::space(dtype, depth, cols));
+            return amx::Right::space(dtype, depth, cols);
         }
-        self.alloc(depth, cols)
+        depth * cols
     }
 
     /// Rows `rows` of a stored matrix `[_, depth]`, transposed: the product is x·Wᵀ.

@@ -42,6 +42,16 @@ impl<'a> Left<'a> {
     pub fn new(amx: Amx, _: &[f32], _: usize, _: usize, _: &'a mut [f32]) -> Self {
         Self(amx, PhantomData)
     }
+
+    /// Cannot be called.
+    pub fn rows(&self) -> usize {
+        match self.0.0 {}
+    }
+
+    /// Cannot be called.
+    pub fn part(&self, _: Range<usize>) -> Left<'a> {
+        match self.0.0 {}
+    }
 }
 
 /// The right operand of a product.

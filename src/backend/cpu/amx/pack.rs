@@ -50,6 +50,22 @@ impl<'a> Left<'a> {
             .for_each(|(lines, x)| unsafe { split_rows(lines, x, depth) });
         Self { lines, rows, depth }
     }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Some of the rows, from a multiple of [`BLOCK`] on.
+    pub fn part(&self, rows: Range<usize>) -> Left<'a> {
+        assert!(
+            rows.start.is_multiple_of(BLOCK) && rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?}"
+        );
+        let row_lines = self.depth.div_ceil(BLOCK) * PARTS;
+        let lines = &self.lines[rows.start * row_lines..rows.end.next_multiple_of(BLOCK) * row_lines];
+        Left { lines, rows: rows.len(), depth: self.depth }
+    }
 }
 
 /// Splits a block of up to 32 rows of `depth` elements.
