@@ -1,7 +1,6 @@
 //! A dataset path → the files to read, in order, each opened as a stream of bytes.
 
 use std::borrow::Cow;
-use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor};
 use std::path::{Path, PathBuf};
@@ -11,6 +10,7 @@ use flate2::bufread::MultiGzDecoder;
 
 use super::pages::Input;
 use crate::error::{Context, Error, Result};
+use crate::units::natural;
 
 /// The kinds of file we read, as error messages list them.
 pub(super) const KINDS: &str =
@@ -206,35 +206,6 @@ pub(super) fn kind_of(name: &str) -> Option<(Format, bool)> {
     Some((format, gzip))
 }
 
-/// Compares names as people do: runs of digits by value, the rest by character.
-pub(super) fn natural(a: &str, b: &str) -> Ordering {
-    let (mut rest_a, mut rest_b) = (a, b);
-    loop {
-        let (Some(x), Some(y)) = (rest_a.chars().next(), rest_b.chars().next()) else {
-            // Equal as numbers, yet `01` and `1` are two files: fall back on the bytes.
-            return rest_a.len().cmp(&rest_b.len()).then_with(|| a.cmp(b));
-        };
-        let order = if x.is_ascii_digit() && y.is_ascii_digit() {
-            let (run_a, after_a) = digits(rest_a);
-            let (run_b, after_b) = digits(rest_b);
-            (rest_a, rest_b) = (after_a, after_b);
-            run_a.len().cmp(&run_b.len()).then_with(|| run_a.cmp(run_b))
-        } else {
-            (rest_a, rest_b) = (&rest_a[x.len_utf8()..], &rest_b[y.len_utf8()..]);
-            x.cmp(&y)
-        };
-        if order != Ordering::Equal {
-            return order;
-        }
-    }
-}
-
-/// The leading run of digits without its zeros, and what follows it.
-fn digits(text: &str) -> (&str, &str) {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    (text[..end].trim_start_matches('0'), &text[end..])
-}
-
 /// Reads up to and with the next newline into `line` (cleared first); `false` at the end.
 pub(super) fn read_line(bytes: &mut dyn BufRead, line: &mut Vec<u8>) -> std::io::Result<bool> {
     line.clear();
@@ -263,13 +234,6 @@ mod tests {
         for other in ["a.parquet.gz", "a.arrow", "a", "jsonl", "a.gz", "a.csv.gz", ""] {
             assert_eq!(kind_of(other), None, "{other}");
         }
-    }
-
-    #[test]
-    fn numbers_sort_by_value() {
-        let mut names = ["p10", "p2", "p1", "p01", "p", "q0", "p2b", "p02a", "p99999999999999999999999"];
-        names.sort_by(|a, b| natural(a, b));
-        assert_eq!(names, ["p", "p01", "p1", "p2", "p02a", "p2b", "p10", "p99999999999999999999999", "q0"]);
     }
 
     #[test]

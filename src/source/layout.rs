@@ -7,9 +7,10 @@ use std::collections::HashSet;
 
 use globset::{GlobBuilder, GlobMatcher};
 
-use super::files::{CONVERT, KINDS, kind_of, natural, some_of};
+use super::files::{CONVERT, KINDS, kind_of, some_of};
 use super::readme::{Config, configs};
 use crate::error::{Error, Result};
+use crate::units::natural;
 
 /// The folder of the files of a dataset that has one configuration.
 const DATA: &str = "data";

@@ -9,10 +9,18 @@ use crate::model::arch;
 use crate::model::{Dtype, Tensor, WeightSpec};
 use folder::Layout;
 pub use folder::{SINGLE, entry, no_weights, shards};
-use safetensors::{Bytes, Entry, Shard, cut};
+use mapped::Bytes;
+use safetensors::{Entry, Shard, cut};
 
+mod archive;
 mod folder;
+mod mapped;
+mod npz;
+mod pickle;
+pub mod sae;
 mod safetensors;
+mod stored;
+mod torch_zip;
 
 /// How many wrong tensors or leftovers a message names.
 const NAMED: usize = 10;

@@ -6,23 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 
 use ::safetensors::tensor::{Dtype, TensorInfo};
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
-use crate::error::{Context, Error, Result};
+use super::mapped::{Bytes, map, refuse_pointer};
+use crate::error::{Error, Result};
 
 /// Largest header that is read, in bytes: the limit of the format.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Bytes of the header's length.
 const LENGTH_BYTES: usize = 8;
-
-/// Bytes that several tensors share: a mapped file or embedded data.
-pub(super) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// A tensor as the header describes it.
 #[derive(Clone, Debug)]
@@ -42,22 +38,7 @@ pub(super) struct Shard {
 impl Shard {
     /// Maps the file at `path` and checks its header. Nothing else of the file is read.
     pub fn open(path: &Path) -> Result<Self> {
-        let what = "cannot read a checkpoint file";
-        let about = std::fs::metadata(path)
-            .context_path(what, path)
-            .map_err(|error| error.hint("the download may be incomplete: fetch the model again"))?;
-        // A pipe would block at open and a folder cannot be mapped.
-        if !about.is_file() {
-            return Err(Error::new(what).at_path(path).expected("a file").found("something else"));
-        }
-        let file = File::open(path).context_path(what, path)?;
-        // SAFETY: the map is read-only and private to this process, but its bytes change (or the process gets
-        // SIGBUS) if someone writes to or truncates the file meanwhile. Checkpoints are not written to while
-        // in use: the hub's cache renames finished files into place, and the documentation of `Checkpoint`
-        // passes the condition on. Every reader goes through `&[u8]` and treats values as data, so a changed
-        // byte gives a wrong number, never an unchecked index.
-        let map = unsafe { memmap2::Mmap::map(&file) }.context_path(what, path)?;
-        Self::parse(path, Arc::new(map))
+        Self::parse(path, map(path)?)
     }
 
     /// Checks the header of a file that is in memory; `place` is its name in errors.
@@ -73,12 +54,7 @@ fn broken(what: impl fmt::Display) -> Error {
 }
 
 fn parse(file: &[u8]) -> Result<BTreeMap<String, Entry>> {
-    if file.starts_with(b"version https://git-lfs") {
-        return Err(Error::new("a checkpoint file is only a pointer to the real one")
-            .expected("a safetensors file")
-            .found("a Git LFS pointer")
-            .hint("run `git lfs pull` in the model's folder"));
-    }
+    refuse_pointer(file, "a safetensors file")?;
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(broken("it has no header")
             .expected(format_args!("at least {LENGTH_BYTES} bytes"))
