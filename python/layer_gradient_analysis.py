@@ -28,8 +28,6 @@ from pathlib import Path
 
 __all__ = ["load_results"]
 
-#: The command of the program that stands for this script.
-COMMAND = "layer"
 #: The archive in a results folder.
 CONSOLIDATED = "consolidated_results.npz"
 #: How the name of a single array's file ends; what comes before is its key in the archive.
@@ -141,7 +139,7 @@ def _find_program():
 
 def _run(program, arguments):
     """Becomes the program; where a process cannot do that, waits for it and returns its exit code."""
-    command = [program, COMMAND, *arguments]
+    command = [program, *arguments]
     if os.name != "nt":
         os.execv(program, command)
     import subprocess
@@ -155,10 +153,13 @@ def _run(program, arguments):
                 continue
 
 
-def main():
-    """Runs the program with this script's arguments and returns its exit code; 1 where it cannot be run."""
+def main(command="layer"):
+    """Runs a command of the program with this script's arguments.
+
+    Returns the program's exit code; 1 where it cannot be run.
+    """
     try:
-        return _run(_find_program(), sys.argv[1:])
+        return _run(_find_program(), [command, *sys.argv[1:]])
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

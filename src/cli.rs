@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 
+use crate::backend::SaeGradient;
 use crate::engine::LossReduction;
-use crate::stats::Direction;
+use crate::stats::Quantity;
 use crate::transform::{AggregationMode, NormaliseMode};
+use crate::weights::sae::LlamaScopeConvention;
 
 /// Which dimensions of each layer's MLP output are active, and which does the loss depend on?
 ///
@@ -25,6 +28,8 @@ pub struct Cli {
 pub enum Command {
     /// Per-dimension statistics of every layer's MLP output, or of the loss gradient there
     Layer(Box<LayerArgs>),
+    /// The same for the features of sparse autoencoders (SAEs)
+    Sae(Box<SaeArgs>),
     /// Download what `layer` with the same flags reads, for machines without a network
     Fetch(Box<FetchArgs>),
     /// Devices, libraries, folders, the hub: what is there, and whether `layer` with the same flags could run
@@ -38,6 +43,7 @@ impl Command {
     pub fn quiet(&self) -> bool {
         match self {
             Self::Layer(args) => args.quiet,
+            Self::Sae(args) => args.layer.quiet,
             Self::Fetch(args) => args.layer.quiet,
             Self::Doctor(args) => args.quiet,
             Self::Demo(args) => args.quiet,
@@ -66,7 +72,7 @@ pub struct LayerArgs {
     pub max_length: usize,
 
     /// What to aggregate: the values, or the gradients of the loss with respect to them
-    #[arg(long, default_value = "values", help_heading = "Analysis")]
+    #[arg(long, default_value = "values", value_parser = of_dimensions(), help_heading = "Analysis")]
     pub aggregate_by: AggregateBy,
 
     /// Mean of v, of |v|, or both, over tokens
@@ -126,6 +132,71 @@ pub struct LayerArgs {
     /// Memory for activations on the CPU, in GiB; half of what is free if left out
     #[arg(long, value_name = "GIB", allow_hyphen_values = true, help_heading = "Machine")]
     pub memory: Option<f64>,
+}
+
+/// `gradlens sae`: the flags of `layer`, and the SAEs.
+#[derive(Args, Clone, Debug)]
+#[command(
+    rename_all = "snake_case",
+    mut_arg("aggregate_by", |arg| arg
+        .value_parser(value_parser!(AggregateBy))
+        .help("What to aggregate: f, dL/df, or f·dL/df (attribution), f being a feature's activation")),
+    mut_arg("layers", |arg| arg
+        .help("Layers to analyse: `0-23`, `0,5,10`, `0-3,8,20-23`; every layer that has an SAE if left out")),
+    mut_arg("device", |arg| arg
+        .default_value("cpu")
+        .help("Where to compute: `cpu`; `auto` is the CPU too, because SAEs do not run on CUDA devices yet")),
+)]
+pub struct SaeArgs {
+    /// What of, and how.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+
+    /// SAEs: a folder, or owner/name[/folder] on the hub, where `{layer}` stands for a layer's number; or what holds
+    /// one SAE per layer somewhere below [default: $GRADLENS_SAE, else the folder of the Python script]
+    #[arg(long, value_name = "PATH|ID", help_heading = "SAEs")]
+    pub sae: Option<String>,
+
+    /// Branch, tag or commit hash of the SAEs on the hub
+    #[arg(long, default_value = "main", value_name = "REVISION", help_heading = "SAEs")]
+    pub sae_revision: String,
+
+    /// Where in a block the SAEs read and write, if it is not what their own configuration says: `mlp`, `mlp_out`
+    #[arg(long, value_name = "SITE", help_heading = "SAEs")]
+    pub site: Option<String>,
+
+    /// Features that gradients count for: all of them, or at each token those that are active (f > 0)
+    #[arg(long, default_value = "all", value_name = "WHICH", help_heading = "SAEs")]
+    pub sae_gradient: SaeGradient,
+
+    /// Where gradients are taken: at the model's own activations, whose part that the SAE misses is kept as an error
+    /// term, for all layers in one backward; or with one layer's activations replaced by their reconstruction at a time,
+    /// as the Python script does
+    #[arg(long, default_value = "error", value_name = "HOW", help_heading = "SAEs")]
+    pub sae_splice: SaeSplice,
+
+    /// Use every N-th position of each sample, from position 0 on
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "SAEs")]
+    pub position_stride: usize,
+
+    /// Factor s of the input of SAELens SAEs that were trained on scaled activations (`expected_average_only_in`), where
+    /// the factor is not in their files
+    #[arg(long, value_name = "S", allow_hyphen_values = true, help_heading = "SAEs")]
+    pub sae_norm_scale: Option<f64>,
+
+    /// How features of Llama Scope are scaled: as its authors define them, or as SAELens and Neuronpedia read the files
+    #[arg(long, default_value = "native", value_name = "WHOSE", help_heading = "SAEs")]
+    pub llamascope_convention: LlamaScopeConvention,
+}
+
+/// `--sae_splice`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum SaeSplice {
+    /// x̂ + (x − x̂): the model's own loss
+    Error,
+    /// x̂ in the place of x
+    Replace,
 }
 
 /// What to compute with.
@@ -244,15 +315,29 @@ pub enum AggregateBy {
     Values,
     /// The gradients of the loss with respect to them
     Gradients,
+    /// Activation times gradient, of SAE features
+    Attribution,
 }
 
-impl From<AggregateBy> for Direction {
+impl From<AggregateBy> for Quantity {
     fn from(by: AggregateBy) -> Self {
         match by {
             AggregateBy::Values => Self::Values,
             AggregateBy::Gradients => Self::Gradients,
+            AggregateBy::Attribution => Self::Attribution,
         }
     }
+}
+
+/// What there is of the dimensions of a site.
+fn of_dimensions() -> impl TypedValueParser<Value = AggregateBy> {
+    let values = [AggregateBy::Values, AggregateBy::Gradients];
+    PossibleValuesParser::new(values.iter().filter_map(ValueEnum::to_possible_value)).map(|name| {
+        match name.as_str() {
+            "gradients" => AggregateBy::Gradients,
+            _ => AggregateBy::Values,
+        }
+    })
 }
 
 /// `--dtype`.

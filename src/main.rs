@@ -30,6 +30,7 @@ fn job(command: &Command, log: &Log) -> Result<()> {
     let fetcher = Fetcher::new(log, &interrupt);
     let plan = match command {
         Command::Layer(args) => Plan::layer(args, timestamp, &fetcher)?,
+        Command::Sae(args) => Plan::sae(args, timestamp, &fetcher)?,
         Command::Demo(args) => Plan::demo(args, timestamp, &fetcher)?,
         Command::Fetch(args) => return preload(args, &fetcher),
         Command::Doctor(args) => return doctor(args, timestamp, &fetcher),

@@ -1,8 +1,10 @@
 //! Plan → results: the only file that sees every stage.
 
 mod closing;
+mod features;
 mod on_cuda;
 mod record;
+mod results;
 mod work;
 
 use std::error::Error as _;
@@ -15,6 +17,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{self, Log, Target, Timing, Unit};
 use crate::plan::Plan;
 use crate::source::{self, Passes, SourceCounts, TextCounts, nothing_kept};
+use crate::stats::Direction;
 use crate::units::thousands;
 
 /// Runs a plan from its texts to its files, saying on `log` what happens.
@@ -87,6 +90,9 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         timing.set("download", download_s);
     }
     timing.set("model_loading", loading.elapsed().as_secs_f64());
+    if let Some(sae) = &plan.sae {
+        timing.set("sae_loading", sae.loading_s);
+    }
     drop(bar);
 
     let bar = log.bar("computing", Unit::Samples, Some(done.of));
@@ -110,7 +116,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         *(if work.goes_on() { &mut compute_s } else { &mut preparation_s }) += waited_s;
     }
     let computing = Instant::now();
-    let layers = work.finish()?;
+    let results = work.finish()?;
     compute_s += computing.elapsed().as_secs_f64();
     bar.set(work.totals().end_of_samples);
     drop(bar);
@@ -122,12 +128,15 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let totals = work.totals();
     check_counts(plan, &counts, totals)?;
     warn_of_few(&counts.texts, plan, log);
-    let (mut record, tables) = record::record(plan, &counts, totals, &layers, timing, log);
-    if let Some(warning) = closing::sink_warning(&layers, plan.direction) {
-        log.warn(&warning);
-    }
+    let (mut record, tables) = record::record(plan, &counts, totals, &results, timing, log);
+    let direction = if plan.engine.gradients { Direction::Gradients } else { Direction::Values };
+    let warning = results.dimensions().and_then(|layers| closing::sink_warning(layers, direction));
+    warning.iter().for_each(|warning| log.warn(warning));
     let bar = log.bar("writing results", Unit::Bytes, None);
     output::write_arrays(&mut target, &mut record)?;
+    if let Some(layers) = results.features() {
+        features::write_examples(&target, layers, &plan.open_tokens()?)?;
+    }
     record.timing.total_layers();
     let total_s = started.elapsed().as_secs_f64() + plan.download_s.unwrap_or_default();
     record.timing.set("total_runtime", total_s);
@@ -135,7 +144,13 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     drop(bar);
 
     log.out(&closing::summary(&counts, totals, compute_s));
+    if let (Some(sae), Some(layers)) = (&plan.sae, results.features()) {
+        features::show_fit(sae, layers, totals, log);
+    }
     closing::show(&tables, plan, log);
+    if let Some(layers) = results.features() {
+        features::show_examples(plan, &tables, layers, &plan.open_tokens()?, log)?;
+    }
     log.out(&output::timing::summary(&record.timing));
     target.finish(log)?;
     Ok(())

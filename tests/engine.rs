@@ -21,7 +21,7 @@ use gradlens::model::arch::ARCHITECTURES;
 use gradlens::model::op::{Op, Site, Slot, Weight};
 use gradlens::model::{Config, Dtype, Spec, Tensor, WeightSpec, describe};
 use gradlens::source::Pass;
-use gradlens::stats::{Direction, Sink, Tap};
+use gradlens::stats::{Direction, Sink, Splice, Tap};
 
 /// Lengths of the samples: longer than the windows, ragged, one of a single token.
 const LENGTHS: [usize; 5] = [9, 1, 6, 2, 14];
@@ -344,5 +344,74 @@ fn an_interruption_stops_between_chunks() {
             Engine::new(&cpu, &model.spec, &model.tensors, spec).interruptible(interrupt.clone());
         let error = engine.run(&pass(), &mut Stops { interrupt, left }).err().unwrap();
         assert_eq!(error.kind(), Kind::Interrupted { exit_code: 130 }, "chunk {left}");
+    }
+}
+
+/// Moves every row of a site by what its token id says.
+struct Moved {
+    /// `[V, D]`
+    by: Vec<f64>,
+    shown: Shown,
+}
+
+impl Sink<Cpu<f64>> for Moved {
+    fn push(&mut self, cpu: &Cpu<f64>, tap: Tap, chunk: &Chunk, x: &Buf<f64>) -> Result<()> {
+        self.shown.push(cpu, tap, chunk, x)
+    }
+}
+
+impl Splice<Cpu<f64>> for Moved {
+    fn replace(&mut self, cpu: &Cpu<f64>, _: Tap, chunk: &Chunk, x: &Buf<f64>) -> Result<Buf<f64>> {
+        let d = x.len() / chunk.ids.len();
+        let by = chunk.ids.iter().flat_map(|&id| &self.by[id as usize * d..][..d]);
+        let moved: Vec<f64> = x.iter().zip(by).map(|(x, by)| x + by).collect();
+        Ok(cpu.from_slice(&moved, d))
+    }
+}
+
+/// A spliced run is, layer by layer, a run of the model whose site is moved there and nowhere else.
+#[test]
+fn a_spliced_layer_is_a_moved_one() {
+    let cpu = Cpu::<f64>::new();
+    for Case { model_type, keys, .. } in CASES {
+        let mut model = Movable::new(model_type, keys);
+        let d = model.spec.hidden_size;
+        let mut random = Random::new(11);
+        // Exact in the table's float32.
+        let by: Vec<f64> = (0..VOCAB * d).map(|_| random.below(65) as f64 / 64.0 - 0.5).collect();
+        let (plain, loss) = model.run(all_layers());
+        for (layers, keep_from, chunk_tokens) in
+            [(vec![0, 1, 2], 0, 1000), (vec![0, 2], 3, 10), (vec![1], 2, 1)]
+        {
+            let spec = EngineSpec { layers: layers.clone(), keep_from, chunk_tokens, ..all_layers() };
+            let mut splice = Moved { by: by.clone(), shown: Shown::default() };
+            let mut engine = Engine::new(&cpu, &model.spec, &model.tensors, spec);
+            let totals = engine.run_spliced(&pass(), &mut splice).unwrap().settle(&cpu).unwrap();
+            let own: f64 = totals.nats.unwrap().iter().sum();
+            assert!((own - loss).abs() <= 1e-12 * loss, "{model_type}: the model's own loss, {own} {loss}");
+            assert!(totals.spliced_nats.keys().copied().eq(layers.iter().copied()));
+            for layer in layers {
+                let values = &splice.shown.0[&(layer, Direction::Values)];
+                assert!(
+                    *values == plain.0[&(layer, Direction::Values)],
+                    "{model_type} layer {layer}: values"
+                );
+                let index = model.offsets[layer].0;
+                let still =
+                    std::mem::replace(&mut model.tensors[index], tensor(Dtype::F32, &[VOCAB, d], &by));
+                let (expected, moved_loss) = model.run(all_layers());
+                model.tensors[index] = still;
+                let error = relative_l2(splice.shown.gradient(layer), expected.gradient(layer));
+                assert!(error < 1e-12, "{model_type} layer {layer}: {error:e}");
+                let spliced: f64 = totals.spliced_nats[&layer].iter().sum();
+                assert!((spliced - moved_loss).abs() <= 1e-12 * loss, "{model_type} layer {layer}: loss");
+                // Were the layer not moved, or another one, the comparison would see it.
+                let distance = relative_l2(plain.gradient(layer), expected.gradient(layer));
+                assert!(
+                    distance > 1e-3 && (moved_loss - loss).abs() > 1e-4 * loss,
+                    "{model_type}: {distance:e}"
+                );
+            }
+        }
     }
 }

@@ -35,12 +35,23 @@ impl Positions {
 }
 
 /// Which features a gradient counts for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
 pub enum SaeGradient {
-    /// Every feature, also where it does not fire: dL/df is defined there too.
+    /// Every feature, also where it does not fire: dL/df is defined there too
     All,
-    /// Only where f > 0; zero elsewhere.
+    /// Only where f > 0; zero elsewhere
     Active,
+}
+
+impl SaeGradient {
+    /// The name users type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Active => "active",
+        }
+    }
 }
 
 /// Where a feature was largest.

@@ -6,6 +6,8 @@ use time::{OffsetDateTime, PrimitiveDateTime};
 /// What the name of the folder is made of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FolderName<'a> {
+    /// What the arrays are of: `layer_activations` or `sae_features`.
+    pub kind: &'a str,
     /// Hub id or local folder, as typed.
     pub model_name: &'a str,
     /// `--num_samples`, also when fewer were found.
@@ -21,7 +23,7 @@ pub struct FolderName<'a> {
 }
 
 impl FolderName<'_> {
-    /// `layer_activations_model_{model}_num_samples_{N}_batch_size_{B}_layers_{L}{_power_P}_{YYYYmmdd_HHMMSS}`,
+    /// `{kind}_model_{model}_num_samples_{N}_batch_size_{B}_layers_{L}{_power_P}_{YYYYmmdd_HHMMSS}`,
     /// where `/` of the model's name becomes `_`.
     pub fn render(&self) -> String {
         // A backslash separates folders on Windows only; the scripts leave it alone elsewhere.
@@ -29,7 +31,8 @@ impl FolderName<'_> {
         let model = if cfg!(windows) { model.replace(['\\', ':'], "_") } else { model };
         let power = self.power.map(|power| format!("_power_{}", float_repr(power))).unwrap_or_default();
         format!(
-            "layer_activations_model_{model}_num_samples_{}_batch_size_{}_layers_{}{power}_{}",
+            "{}_model_{model}_num_samples_{}_batch_size_{}_layers_{}{power}_{}",
+            self.kind,
             self.num_samples,
             self.batch_size,
             self.layers,
@@ -75,7 +78,8 @@ mod tests {
 
     fn name(model_name: &str, layers: &str, power: Option<f64>) -> String {
         let timestamp = datetime!(2025-01-02 03:04:05);
-        FolderName { model_name, num_samples: 500, batch_size: 4, layers, power, timestamp }.render()
+        let kind = "layer_activations";
+        FolderName { kind, model_name, num_samples: 500, batch_size: 4, layers, power, timestamp }.render()
     }
 
     #[test]

@@ -57,6 +57,12 @@ impl Log {
         Self { lines: Arc::new(Lines { kept: Mutex::default(), printed }), screen }
     }
 
+    /// The same outlets, with nothing said yet: for another run's `runtime_output.txt`.
+    pub fn fresh(&self) -> Self {
+        let printed = self.lines.printed.clone();
+        Self { lines: Arc::new(Lines { kept: Mutex::default(), printed }), screen: self.screen.clone() }
+    }
+
     /// A result, to stdout. `text` is one or more lines, the last without its newline.
     pub fn out(&self, text: &str) {
         self.lines.say(text, Some(&mut io::stdout()));

@@ -14,6 +14,8 @@ pub enum Array<'a> {
     F32(&'a [f32]),
     /// float64, `[D]`
     F64(&'a [f64]),
+    /// Counts, written as float64, `[F]`
+    Counts(&'a [u64]),
     /// int64, a scalar: shape `()`
     I64(i64),
 }
@@ -23,11 +25,15 @@ impl WriteNpyExt for Array<'_> {
         let mut bytes = match *self {
             Self::F32(values) => header("<f4", &format!("({},)", values.len())),
             Self::F64(values) => header("<f8", &format!("({},)", values.len())),
+            Self::Counts(counts) => header("<f8", &format!("({},)", counts.len())),
             Self::I64(_) => header("<i8", "()"),
         };
         match *self {
             Self::F32(values) => values.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
             Self::F64(values) => values.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+            Self::Counts(counts) => {
+                counts.iter().for_each(|&count| bytes.extend((count as f64).to_le_bytes()));
+            }
             Self::I64(value) => bytes.extend(value.to_le_bytes()),
         }
         writer.write_all(&bytes)?;

@@ -14,18 +14,18 @@ pub struct LayerSummary {
     pub tokens: u64,
     /// Mean over the dimensions of the signed mean over tokens.
     pub mean: f64,
-    /// Mean over the dimensions of the mean |v| over tokens.
-    pub mean_abs: f64,
-    /// The largest |v| of any token and dimension.
-    pub max_abs: f64,
-    /// Which part of Σ|v| position 0 holds.
-    pub position_0_share: f64,
+    /// Mean over the dimensions of the mean |v| over tokens, where that is known.
+    pub mean_abs: Option<f64>,
+    /// The largest |v| of any token and dimension, where that is known.
+    pub max_abs: Option<f64>,
+    /// Which part of Σ|v| position 0 holds, where that is known.
+    pub position_0_share: Option<f64>,
     /// (dimension, value), largest |value| first.
     pub top: Vec<(usize, f64)>,
 }
 
 impl LayerSummary {
-    /// Sums up one layer. `mean`, `mean_abs` and `max_abs` are `[D]`, per dimension over tokens; `ranked` (`[D]`) is the
+    /// Sums up one layer. `mean`, `mean_abs` and `max_abs` are `[D]`, per dimension over tokens, or empty; `ranked` (`[D]`) is the
     /// array whose `count` largest |v| are named: what was written to the files.
     pub fn new(
         layer: usize,
@@ -33,7 +33,7 @@ impl LayerSummary {
         mean: &[f64],
         mean_abs: &[f64],
         max_abs: &[f64],
-        position_0_share: f64,
+        position_0_share: Option<f64>,
         ranked: &[f32],
         count: usize,
     ) -> Self {
@@ -42,8 +42,8 @@ impl LayerSummary {
             layer,
             tokens,
             mean: average(mean),
-            mean_abs: average(mean_abs),
-            max_abs: max_abs.iter().copied().fold(0.0, f64::max),
+            mean_abs: (!mean_abs.is_empty()).then(|| average(mean_abs)),
+            max_abs: max_abs.iter().copied().reduce(f64::max),
             position_0_share,
             top: top(ranked, count),
         }
@@ -66,9 +66,9 @@ pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
     let cells: Vec<[String; 6]> = rows
         .iter()
         .map(|row| {
-            let numbers = [row.mean, row.mean_abs, row.max_abs].map(significant);
-            let [mean, mean_abs, max_abs] = numbers;
-            let share = format!("{:.1}%", 100.0 * row.position_0_share);
+            let numbers = [Some(row.mean), row.mean_abs, row.max_abs];
+            let [mean, mean_abs, max_abs] = numbers.map(|number| number.map_or("-".into(), significant));
+            let share = row.position_0_share.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share));
             [row.layer.to_string(), row.tokens.to_string(), mean, mean_abs, max_abs, share]
         })
         .collect();
@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn the_table_is_pinned() {
         let first =
-            LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], 0.123, &[0.5, -1.5], 5);
+            LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], Some(0.123), &[0.5, -1.5], 5);
         let last = LayerSummary { layer: 79, tokens: 12_345_678, ..first.clone() };
         assert_eq!(
             table("values at mlp", &[first, last]),
@@ -180,9 +180,9 @@ mod tests {
             layer: 79,
             tokens: 123_456_789_012,
             mean: -1.234e-10,
-            mean_abs: 1.234e-10,
-            max_abs: 1.234e-10,
-            position_0_share: 1.0,
+            mean_abs: Some(1.234e-10),
+            max_abs: Some(1.234e-10),
+            position_0_share: Some(1.0),
             top: vec![(65_535, -1.234e-10); 9],
         };
         let text = table("gradients", &vec![row; 80]);
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_screen_takes_evenly_spaced_rows() {
-        let row = LayerSummary::new(0, 1, &[1.0], &[1.0], &[1.0], 0.0, &[1.0], 1);
+        let row = LayerSummary::new(0, 1, &[1.0], &[1.0], &[1.0], None, &[1.0], 1);
         let shown = |count: usize| {
             let rows: Vec<_> = (0..count).map(|layer| LayerSummary { layer, ..row.clone() }).collect();
             let (shown, step) = on_one_screen(&rows);

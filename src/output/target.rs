@@ -48,6 +48,21 @@ pub struct Target {
     _created: CreatedFolders,
 }
 
+/// A file that is written in parts.
+#[derive(Debug)]
+pub struct Parts {
+    file: File,
+    /// Where it will be.
+    path: PathBuf,
+}
+
+impl Parts {
+    /// Adds to the file.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|cause| not_written(&self.path, &cause))
+    }
+}
+
 #[derive(Debug)]
 struct Partial {
     temporary: TempDir,
@@ -86,6 +101,17 @@ impl Target {
         File::create_new(partial.temporary.path().join(name))
             .and_then(|mut file| file.write_all(bytes))
             .map_err(|cause| not_written(&partial.parent.join(&partial.name).join(name), &cause))
+    }
+
+    /// A file of the folder that is written in parts. A name can be used once.
+    ///
+    /// # Errors
+    /// No folder is asked for; the file cannot be made.
+    pub fn create(&self, name: &str) -> Result<Parts> {
+        let Some(partial) = &self.folder else { return Err(Error::new("no folder is written")) };
+        let path = partial.parent.join(&partial.name).join(name);
+        let file = File::create_new(partial.temporary.path().join(name));
+        Ok(Parts { file: file.map_err(|cause| not_written(&path, &cause))?, path })
     }
 
     /// Writes the consolidated `.npz`: to the path the user gave, else into the folder.

@@ -10,7 +10,9 @@ mod layers;
 mod machine;
 mod memory;
 mod preload;
+mod saes;
 mod show;
+mod sites;
 
 use std::time::Instant;
 
@@ -22,19 +24,21 @@ pub use doctor::doctor;
 pub use fetch::Fetcher;
 pub use memory::Memory;
 pub use preload::preload;
+pub use saes::SaePlan;
 
-use crate::cli::{AggregateBy, DemoArgs, LayerArgs, ModelArgs, TextArgs};
+use crate::cli::{AggregateBy, DemoArgs, LayerArgs, ModelArgs, SaeArgs, TextArgs};
 use crate::engine::{EngineSpec, LossReduction};
 use crate::error::{Error, Result};
 use crate::model::{Config, Dtype, Spec, Tensor, describe};
 use crate::output::folder::{FolderName, layers_label};
 use crate::output::{OutputSpec, Target};
 use crate::source::{PassSpec, TextSpec, Texts, Tokens};
-use crate::stats::Direction;
+use crate::stats::Quantity;
 use crate::transform::{AggregationMode, NormaliseMode, TransformSpec, power};
 use checkpoint::ModelFiles;
 use corpus::Corpus;
 use machine::{GIB, free_memory, num_cores};
+use show::ranges;
 
 /// A layer analysis, ready to run: every stage's input, and what the user should know before it starts.
 pub struct Plan {
@@ -61,7 +65,9 @@ pub struct Plan {
     /// What the engine does.
     pub engine: EngineSpec,
     /// What is rendered into the result files.
-    pub direction: Direction,
+    pub quantity: Quantity,
+    /// The SAEs, where features are asked for and not dimensions.
+    pub sae: Option<SaePlan>,
     /// How.
     pub transform: TransformSpec,
     /// Where results go.
@@ -93,12 +99,24 @@ impl Plan {
     /// Whatever can be wrong before a text is read: arguments, the configuration, weights that are missing or
     /// have another shape, layers the model does not have, a model or a dataset that the hub does not give out.
     pub fn layer(args: &LayerArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
-        Self::resolve(args, None, timestamp, fetcher)
+        Self::resolve(args, None, None, timestamp, fetcher)
+    }
+
+    /// The plan of `gradlens sae`.
+    ///
+    /// # Errors
+    /// As [`Plan::layer`], and SAEs that are not there, cannot be read or do not fit the model.
+    pub fn sae(args: &SaeArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
+        Self::resolve(&args.layer, Some(args), None, timestamp, fetcher)
     }
 
     /// The plan of `gradlens demo`: gradients, and with them values, of the embedded model on its corpus.
     pub fn demo(args: &DemoArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
-        let layer = LayerArgs {
+        Self::resolve(&Self::demo_args(args), None, Some(demo::DEMO), timestamp, fetcher)
+    }
+
+    fn demo_args(args: &DemoArgs) -> LayerArgs {
+        LayerArgs {
             model: ModelArgs { model_name: demo::DEMO.name.into(), revision: "main".into() },
             layers: None,
             texts: TextArgs {
@@ -126,12 +144,12 @@ impl Plan {
             machine: args.machine.clone(),
             tokens_per_pass: None,
             memory: None,
-        };
-        Self::resolve(&layer, Some(demo::DEMO), timestamp, fetcher)
+        }
     }
 
     fn resolve(
         args: &LayerArgs,
+        sae: Option<&SaeArgs>,
         embedded: Option<Embedded>,
         timestamp: PrimitiveDateTime,
         fetcher: &Fetcher,
@@ -149,7 +167,10 @@ impl Plan {
         }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
         at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
-        let devices = Devices::resolve(&args.machine, &mut warnings)?;
+        let devices = match sae {
+            Some(_) => saes::device(&args.machine, &mut warnings)?,
+            None => Devices::resolve(&args.machine, &mut warnings)?,
+        };
         if args.memory.is_some() && !matches!(devices, Devices::Cpu) {
             warnings.push(
                 "--memory is for the CPU and changes nothing here; --device_memory is for CUDA devices"
@@ -182,13 +203,22 @@ impl Plan {
         };
         let config = files.config()?;
         let spec = describe(&config);
-        let layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
+        let mut layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
+        let mut label = layers_label(args.layers.as_deref(), config.num_layers);
+        let sae = sae.map(|sae| SaePlan::resolve(sae, &config, fetcher)).transpose()?;
+        if let Some(sae) = &sae {
+            layers.clone_from(&sae.layers);
+            if args.layers.is_none() {
+                label = layers_label(Some(&ranges(&layers)), config.num_layers);
+            }
+            sae.saes.values().for_each(|sae| notes.extend(sae.about.notes.iter().cloned()));
+        }
         let corpus = match embedded {
             Some(demo) => Corpus::Embedded(demo),
             None => Corpus::find(&args.texts, fetcher)?,
         };
-        let label = layers_label(args.layers.as_deref(), config.num_layers);
         let folder = FolderName {
+            kind: if sae.is_some() { "sae_features" } else { "layer_activations" },
             model_name,
             num_samples,
             batch_size: args.batch_size,
@@ -248,16 +278,17 @@ impl Plan {
             warnings.push("nothing will be saved: add --save_outputs or --save_consolidated FILE".into());
         }
 
-        let direction = Direction::from(args.aggregate_by);
+        let quantity = Quantity::from(args.aggregate_by);
         let mut engine = EngineSpec {
             layers,
-            gradients: direction == Direction::Gradients,
+            gradients: quantity != Quantity::Values,
             loss_reduction: args.loss_reduction,
             chunk_tokens: 0,
             keep_from: 0,
             resident_layers: 0,
         };
-        let memory = devices.plan(&memory::Demand {
+        let cpu_bytes = sae.as_ref().map_or(0, |sae| sae.bytes(quantity, args.aggregation_mode));
+        let mut memory = devices.plan(&memory::Demand {
             spec: &spec,
             engine: &engine,
             head_dim: config.head_dim,
@@ -266,8 +297,13 @@ impl Plan {
             max_positions: config.max_position_embeddings,
             num_samples,
             slow_weights: weight_bytes > free_bytes,
-            budget_bytes,
+            budget_bytes: budget_bytes.saturating_sub(cpu_bytes),
         })?;
+        if let Some(sae) = &sae {
+            let (mode, pass) = (args.aggregation_mode, memory.tokens_per_pass);
+            memory.workspace_bytes += sae.work_bytes(quantity, mode, memory.chunk_tokens, pass);
+            memory.budget_bytes = budget_bytes;
+        }
         memory.set(&mut engine);
         Ok(Self {
             texts,
@@ -279,7 +315,8 @@ impl Plan {
                 batch_size: if args.loss_reduction == LossReduction::Batch { args.batch_size } else { 1 },
             },
             engine,
-            direction,
+            quantity,
+            sae,
             transform: TransformSpec {
                 mode: args.aggregation_mode,
                 normalise,

@@ -5,16 +5,12 @@ use std::path::{Path, PathBuf};
 use super::checkpoint::ModelFiles;
 use super::corpus::Corpus;
 use super::fetch::Fetcher;
+use super::saes::{ENDINGS, hub_parts, is_below};
 use crate::cli::FetchArgs;
 use crate::error::{Error, Kind, Result};
-use crate::hub::{Kind as RepoKind, Repo, is_id};
+use crate::hub::{Kind as RepoKind, Repo};
 use crate::source::{TextSpec, count, nothing_kept};
 use crate::units::{size, thousands};
-
-/// Stands for a layer's number in `--sae`.
-const LAYER: &str = "{layer}";
-/// Files of an SAE: weights and what describes them.
-const SAE_ENDINGS: [&str; 6] = ["safetensors", "pt", "npz", "json", "yaml", "yml"];
 
 /// Brings everything and says on the log where it is.
 ///
@@ -109,19 +105,16 @@ struct Saes {
 impl Saes {
     /// `owner/name`, or `owner/name/folder`, where `{layer}` stands for any number.
     fn find(sae: &str, fetcher: &Fetcher) -> Result<Self> {
-        let mut parts = sae.splitn(3, '/');
-        let id = [parts.next().unwrap_or_default(), parts.next().unwrap_or_default()].join("/");
-        let folder = parts.next().unwrap_or_default().trim_matches('/');
-        if Path::new(sae).exists() || !is_id(&id) {
+        let Some((id, folder)) = hub_parts(sae).filter(|_| !Path::new(sae).exists()) else {
             return Err(Error::usage("the SAEs are not on the hub")
                 .at(format!("--sae {sae}"))
                 .expected("owner/name, or owner/name/folder with {layer} in place of a layer's number")
                 .found(if Path::new(sae).exists() { "a path on this machine" } else { "no id" })
                 .hint("files on this machine need no fetching: leave --sae out"));
-        }
+        };
         let repo = fetcher.open(RepoKind::Model, &id, "main")?;
         let has_ending =
-            |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| SAE_ENDINGS.contains(&ending));
+            |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending));
         let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));
         let files: Vec<String> = files.map(str::to_owned).collect();
         if files.is_empty() {
@@ -138,47 +131,5 @@ impl Saes {
                 }));
         }
         Ok(Self { repo, files })
-    }
-}
-
-/// Whether `path` is `pattern` or in a folder of that name. Every `{layer}` of the pattern stands for digits.
-fn is_below(pattern: &str, path: &str) -> bool {
-    let mut rest = path;
-    for (number, literal) in pattern.split(LAYER).enumerate() {
-        if number > 0 {
-            let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-            if digits == 0 {
-                return false;
-            }
-            rest = &rest[digits..];
-        }
-        match rest.strip_prefix(literal) {
-            Some(after) => rest = after,
-            None => return false,
-        }
-    }
-    pattern.is_empty() || rest.is_empty() || rest.starts_with('/')
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn folders_hold_their_files() {
-        for (pattern, path) in [
-            ("", "a/b.pt"),
-            ("a", "a/b.pt"),
-            ("a/b.pt", "a/b.pt"),
-            ("mlp_{layer}", "mlp_17/trainer_0/ae.pt"),
-            ("l{layer}/t_{layer}", "l1/t_20/ae.pt"),
-        ] {
-            assert!(is_below(pattern, path), "{pattern} {path}");
-        }
-        for (pattern, path) in
-            [("a", "ab/c.pt"), ("mlp_{layer}", "mlp_x/a"), ("mlp_{layer}", "mlp_1x/a"), ("a/b", "a/c")]
-        {
-            assert!(!is_below(pattern, path), "{pattern} {path}");
-        }
     }
 }

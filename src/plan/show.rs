@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::{Devices, Plan};
+use crate::model::op::Site;
 use crate::model::{Config, RopeScaling};
-use crate::stats::Direction;
 use crate::units::{size, thousands};
 
 impl fmt::Display for Plan {
@@ -35,6 +35,9 @@ impl fmt::Display for Plan {
             format!("{} of {}: {}", self.engine.layers.len(), c.num_layers, ranges(&self.engine.layers)),
         )?;
         row("statistics", self.statistics())?;
+        if let Some(sae) = &self.sae {
+            row("SAEs", sae.to_string())?;
+        }
         row(
             "texts",
             format!(
@@ -52,8 +55,11 @@ impl fmt::Display for Plan {
         row(
             "memory",
             format!(
-                "{}activations {}, workspace {} (budget {})",
+                "{}{}activations {}, workspace {} (budget {})",
                 self.weights_there(),
+                self.sae.as_ref().map_or(String::new(), |sae| {
+                    format!("SAE features {}, ", size(sae.bytes(self.quantity, self.transform.mode)))
+                }),
                 size(m.activation_bytes),
                 size(m.workspace_bytes),
                 size(m.budget_bytes)
@@ -63,11 +69,9 @@ impl fmt::Display for Plan {
         let head = self.spec.head_flops_per_token() as f64 / 1e9;
         row(
             "work",
-            match self.direction {
-                Direction::Values => format!("up to {flops:.3} GFLOP per token, forward"),
-                Direction::Gradients => {
-                    format!("{:.3} GFLOP per token forward, up to as much backward", flops + head)
-                }
+            match self.engine.gradients {
+                false => format!("up to {flops:.3} GFLOP per token, forward"),
+                true => format!("{:.3} GFLOP per token forward, up to as much backward", flops + head),
             },
         )?;
         row("output", self.destination())
@@ -80,6 +84,19 @@ impl Plan {
         let commit =
             self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
         format!("{} ({}{commit})", self.model_name, self.config.model_type)
+    }
+
+    /// What the numbers are of: `values`, `gradients of active features`.
+    pub fn what(&self) -> String {
+        match &self.sae {
+            None => self.quantity.to_string(),
+            Some(sae) => sae.what(self.quantity),
+        }
+    }
+
+    /// The place in each block that is looked at, as users call it.
+    pub fn site(&self) -> &'static str {
+        self.sae.as_ref().map_or(Site::Mlp.name(), |sae| sae.site)
     }
 
     /// Size and type of the weights, or what of them is still to come.
@@ -122,13 +139,14 @@ impl Plan {
 
     fn statistics(&self) -> String {
         let power = self.transform.power.map_or(String::new(), |p| format!(", power {p}"));
-        let loss = match self.direction {
-            Direction::Values => String::new(),
-            Direction::Gradients => format!(" of the {} loss", self.engine.loss_reduction.name()),
+        let loss = match self.engine.gradients {
+            false => String::new(),
+            true => format!(" of the {} loss", self.engine.loss_reduction.name()),
         };
         format!(
-            "{}{loss} at mlp, {}{power}, normalised by {}",
-            self.direction,
+            "{}{loss} at {}, {}{power}, normalised by {}",
+            self.what(),
+            self.site(),
             self.transform.mode.name(),
             self.transform.normalise.name()
         )
@@ -157,15 +175,11 @@ impl Plan {
 
     fn pass(&self) -> String {
         let layers = self.spec.blocks.len();
-        let kept = match self.direction {
-            Direction::Values => String::new(),
-            Direction::Gradients if self.engine.keep_from >= layers => "; activations computed again".into(),
-            Direction::Gradients if self.engine.keep_from <= self.engine.layers[0] + 1 => {
-                "; activations kept".into()
-            }
-            Direction::Gradients => {
-                format!("; activations kept from layer {}, computed again below", self.engine.keep_from)
-            }
+        let kept = match self.engine.keep_from {
+            _ if !self.engine.gradients => String::new(),
+            from if from >= layers => "; activations computed again".into(),
+            from if from <= self.engine.layers[0] + 1 => "; activations kept".into(),
+            from => format!("; activations kept from layer {from}, computed again below"),
         };
         format!(
             "{} tokens, in chunks of {}{kept}",
@@ -202,7 +216,7 @@ fn attention(c: &Config) -> String {
 }
 
 /// `0-3,8`.
-fn ranges(layers: &[usize]) -> String {
+pub(super) fn ranges(layers: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for &layer in layers {
         match parts.last_mut() {

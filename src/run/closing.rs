@@ -1,12 +1,13 @@
 //! What is said when the numbers are there: one screen, and the rest for `runtime_output.txt`.
 
-use super::work::Layers;
+use std::collections::BTreeMap;
+
 use crate::engine::Totals;
 use crate::output::Log;
 use crate::output::report::{self, LayerSummary};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::Direction;
+use crate::stats::{Direction, LayerMoments, Quantity};
 use crate::units::thousands;
 
 /// Position 0 dominates a layer where it holds this share of Σ|v|,
@@ -14,21 +15,21 @@ const SINK_SHARE: f64 = 0.2;
 /// and so many times the share that it has of the tokens: of short samples it is a good part anyway.
 const SINK_TIMES: f64 = 4.0;
 
-/// The layers' statistics of one direction.
+/// The layers' statistics of one quantity.
 pub(super) struct Table {
-    pub direction: Direction,
+    pub quantity: Quantity,
     /// What the numbers are.
-    pub quantity: String,
+    pub title: String,
     pub rows: Vec<LayerSummary>,
 }
 
 /// Prints the table that was asked for, with as many layers as fit one screen; where a folder is saved, its
-/// `runtime_output.txt` gets the other direction and the layers left out.
+/// `runtime_output.txt` gets the other quantities and the layers left out.
 pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
     let saved = plan.output.save_outputs;
-    for Table { direction, quantity, rows } in tables {
-        let full = report::table(quantity, rows);
-        if *direction != plan.direction && !plan.is_demo() {
+    for Table { quantity, title, rows } in tables {
+        let full = report::table(title, rows);
+        if *quantity != plan.quantity && !plan.is_demo() {
             log.keep(&full);
             continue;
         }
@@ -39,13 +40,13 @@ pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
         }
         let every = report::every(step);
         let about = format!("{every} of {} layers, and the last; runtime_output.txt has all", rows.len());
-        log.out(&format!("{}({about})\n", report::table(quantity, &shown)));
+        log.out(&format!("{}({about})\n", report::table(title, &shown)));
         log.keep(&full);
     }
 }
 
 /// What to say where position 0 dominates layers: the mean over tokens is then that of another kind of token.
-pub(super) fn sink_warning(layers: &Layers, direction: Direction) -> Option<String> {
+pub(super) fn sink_warning(layers: &BTreeMap<usize, LayerMoments>, direction: Direction) -> Option<String> {
     let shares = layers.iter().filter_map(|(&layer, moments)| {
         let (at_0, all) = (moments.at_0(direction)?, moments.get(direction)?);
         Some((layer, moments.position_0_share(direction)?, at_0.count as f64 / all.count as f64))

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
-use super::work::{Layers, Work};
+use super::results::Results;
+use super::work::Work;
 use crate::backend::cuda::{CudaBackend, CudaLower, CudaSpec};
 use crate::engine::{Engine, EngineSpec, PassRun, PassTotals, Totals};
 use crate::error::{Error, Kind, Result};
@@ -15,6 +16,9 @@ use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
 use crate::source::Pass;
 use crate::stats::{LayerMoments, MomentSink};
+
+/// Sums of each wanted layer.
+type Layers = BTreeMap<usize, LayerMoments>;
 
 /// What a device's thread is given.
 struct Job {
@@ -177,7 +181,7 @@ impl Work for OnCuda {
         &self.totals
     }
 
-    fn finish(&mut self) -> Result<Layers> {
+    fn finish(&mut self) -> Result<Results> {
         self.passes = None;
         while self.added < self.sent {
             match self.answers.recv() {
@@ -187,7 +191,7 @@ impl Work for OnCuda {
         }
         self.finished = true;
         self.layers.values_mut().for_each(LayerMoments::round);
-        Ok(std::mem::take(&mut self.layers))
+        Ok(Results::Dimensions(std::mem::take(&mut self.layers)))
     }
 }
 

@@ -3,16 +3,16 @@
 use serde_json::{Map, Value, json};
 
 use super::closing::Table;
-use super::work::Layers;
+use super::features;
+use super::results::{Results, Summed};
 use crate::backend::Moments;
 use crate::engine::Totals;
-use crate::model::op::Site;
 use crate::output::npy::Array;
 use crate::output::report::LayerSummary;
 use crate::output::{Log, RunRecord, Timing};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::Direction;
+use crate::stats::Quantity;
 use crate::transform;
 
 /// Everything the files hold, and the tables for the screen.
@@ -20,44 +20,32 @@ pub(super) fn record<'a>(
     plan: &Plan,
     counts: &SourceCounts,
     totals: &Totals,
-    layers: &'a Layers,
+    results: &'a Results,
     mut timing: Timing,
     log: &Log,
 ) -> (RunRecord<'a>, Vec<Table>) {
     let mut rendered = Vec::new();
     let mut statistics = Vec::new();
-    let mut tables = Vec::new();
+    let mut tables: Vec<Table> = Vec::new();
     let mut shares = Map::new();
-    for direction in [Direction::Values, Direction::Gradients] {
-        let mut rows = Vec::new();
-        for (&layer, moments) in layers {
-            let share = moments.position_0_share(direction).unwrap_or_default();
-            let at_0 = moments.at_0(direction);
-            let Some(moments) = moments.get(direction) else { continue };
-            let (mean, mean_abs) = (over(&moments.sum, moments), over(&moments.sum_abs, moments));
-            let rendering = transform::render(&plan.transform, layer, &mean, &mean_abs);
-            let ranked = rendering.arrays.last().map_or(&[][..], |array| &array.values);
-            let (count, max_abs) = (moments.count, &moments.max_abs);
-            rows.push(LayerSummary::new(layer, count, &mean, &mean_abs, max_abs, share, ranked, 5));
-            statistics.extend(named(layer, direction, moments, at_0));
-            if direction == plan.direction {
-                shares.insert(format!("layer_{layer}"), share.into());
-                rendering.warnings.iter().for_each(|warning| log.warn(warning));
-                rendered.extend(rendering.arrays);
-            }
+    for summed in results.summed() {
+        let Summed { layer, quantity, moments, .. } = summed;
+        let (mean, mean_abs) = (over(&moments.sum, moments), over(&moments.sum_abs, moments));
+        let rendering = transform::render(&plan.transform, layer, &mean, &mean_abs);
+        let ranked = rendering.arrays.last().map_or(&[][..], |array| &array.values);
+        let share = position_0_share(&summed);
+        let (count, max_abs) = (moments.count, &moments.max_abs);
+        let row = LayerSummary::new(layer, count, &mean, &mean_abs, max_abs, share, ranked, 5);
+        match tables.iter_mut().find(|table| table.quantity == quantity) {
+            Some(table) => table.rows.push(row),
+            None => tables.push(Table { quantity, title: title(plan, quantity), rows: vec![row] }),
         }
-        if !rows.is_empty() {
-            let quantity = match direction {
-                Direction::Values => "values at mlp".to_owned(),
-                Direction::Gradients => {
-                    format!(
-                        "gradients at mlp of the {} loss, nats per unit",
-                        plan.engine.loss_reduction.name()
-                    )
-                }
-            };
-            tables.push(Table { direction, quantity, rows });
+        if quantity == plan.quantity {
+            shares.extend(share.map(|share| (format!("layer_{layer}"), share.into())));
+            rendering.warnings.iter().for_each(|warning| log.warn(warning));
+            rendered.extend(rendering.arrays);
         }
+        statistics.extend(named(plan.site(), summed));
     }
     for &layer in &plan.engine.layers {
         timing.set_layer(layer, "gradient_computation", totals.layer_s[layer]);
@@ -71,11 +59,11 @@ pub(super) fn record<'a>(
         layers: plan.engine.layers.clone(),
         aggregation_mode: plan.transform.mode,
         normalise_mode: plan.transform.normalise,
-        aggregate_by: plan.direction.to_string(),
+        aggregate_by: plan.quantity.to_string(),
         power: plan.transform.power,
         device: plan.devices.name(),
         timestamp: plan.timestamp,
-        extra: facts(plan, counts, totals, shares),
+        extra: facts(plan, counts, totals, shares, results),
         rendered,
         statistics,
         timing,
@@ -83,25 +71,49 @@ pub(super) fn record<'a>(
     (record, tables)
 }
 
+/// What the numbers of a table are.
+fn title(plan: &Plan, quantity: Quantity) -> String {
+    let (site, loss) = (plan.site(), plan.engine.loss_reduction.name());
+    match (&plan.sae, quantity) {
+        (None, Quantity::Gradients) => format!("gradients at {site} of the {loss} loss, nats per unit"),
+        (None, _) => format!("{quantity} at {site}"),
+        (Some(_), Quantity::Values) => format!("activations of SAE features at {site}"),
+        (Some(sae), Quantity::Gradients) => {
+            format!("{} at {site}, of the {loss} loss, nats per unit", sae.what(quantity))
+        }
+        (Some(sae), Quantity::Attribution) => {
+            format!("activation times gradient{} at {site}, of the {loss} loss, nats", sae.which(quantity))
+        }
+    }
+}
+
+/// Means of sums over tokens.
 fn over(sums: &[f64], moments: &Moments) -> Vec<f64> {
     sums.iter().map(|sum| sum / moments.count as f64).collect()
 }
 
-fn named<'a>(
-    layer: usize,
-    direction: Direction,
-    moments: &'a Moments,
-    at_0: Option<&'a Moments>,
-) -> impl Iterator<Item = (String, Array<'a>)> {
-    let key = move |what: &str| format!("layer_{layer}.{}.{direction}.{what}", Site::Mlp.name());
-    let arrays = [
-        (key("sum"), Array::F64(&moments.sum)),
-        (key("sum_abs"), Array::F64(&moments.sum_abs)),
-        (key("sum_sq"), Array::F64(&moments.sum_sq)),
-        (key("max_abs"), Array::F64(&moments.max_abs)),
-        (key("count"), Array::I64(moments.count as i64)),
+/// Which part of Σ|v| position 0 holds, where that is known.
+fn position_0_share(summed: &Summed<'_>) -> Option<f64> {
+    let [part, whole] = [summed.at_0?, summed.moments].map(|moments| moments.sum_abs.iter().sum::<f64>());
+    Some(if whole == 0.0 { 0.0 } else { part / whole })
+}
+
+/// The arrays of `statistics.npz`.
+fn named<'a>(site: &str, summed: Summed<'a>) -> Vec<(String, Array<'a>)> {
+    let Summed { layer, quantity, moments, at_0, features } = summed;
+    let key = |what: &str| format!("layer_{layer}.{site}.{quantity}.{what}");
+    let sums = [
+        ("sum", &moments.sum),
+        ("sum_abs", &moments.sum_abs),
+        ("sum_sq", &moments.sum_sq),
+        ("max_abs", &moments.max_abs),
     ];
-    arrays.into_iter().chain(at_0.map(|at_0| (key("sum_abs_position_0"), Array::F64(&at_0.sum_abs))))
+    let there = sums.into_iter().filter(|(_, sums)| !sums.is_empty());
+    let mut arrays: Vec<_> = there.map(|(what, sums)| (key(what), Array::F64(sums))).collect();
+    arrays.push((key("count"), Array::I64(moments.count as i64)));
+    arrays.extend(at_0.map(|at_0| (key("sum_abs_position_0"), Array::F64(&at_0.sum_abs))));
+    arrays.extend(features.map(|features| (key("fired"), Array::Counts(&features.fired))));
+    arrays
 }
 
 /// What metadata holds beyond the contract.
@@ -110,6 +122,7 @@ fn facts(
     counts: &SourceCounts,
     totals: &Totals,
     position_0_share: Map<String, Value>,
+    results: &Results,
 ) -> Map<String, Value> {
     let loss = totals.loss_nats.map(|nats| nats / totals.targets as f64);
     let (config, split, dataset_commit) = plan
@@ -118,7 +131,7 @@ fn facts(
     let facts = json!({
         "gradlens_version": env!("CARGO_PKG_VERSION"),
         "architecture": plan.config.model_type,
-        "site": Site::Mlp.name(),
+        "site": plan.site(),
         "device_names": plan.devices.names(),
         "dtype": plan.devices.dtype(),
         "loss_reduction": plan.engine.loss_reduction.name(),
@@ -141,8 +154,13 @@ fn facts(
         "threads": plan.threads,
         "position_0_share": position_0_share,
     });
-    match facts {
+    let mut facts = match facts {
         Value::Object(map) => map,
         _ => Map::new(),
+    };
+    if let (Some(sae), Some(layers)) = (&plan.sae, results.features()) {
+        facts.insert("mean_equals_mean_abs".into(), (plan.quantity == Quantity::Values).into());
+        facts.insert("sae".into(), features::facts(plan, sae, layers, totals));
     }
+    facts
 }

@@ -1,18 +1,14 @@
 //! Where passes are computed, and what they add up to.
 
-use std::collections::BTreeMap;
-
 use super::on_cuda::OnCuda;
+use super::results::Results;
 use crate::backend::cpu::Cpu;
 use crate::engine::{Engine, Totals};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::plan::{Devices, Plan};
 use crate::source::Pass;
-use crate::stats::{LayerMoments, MomentSink};
-
-/// Sums of each wanted layer.
-pub(super) type Layers = BTreeMap<usize, LayerMoments>;
+use crate::stats::{MomentSink, SaeSink};
 
 /// Computes passes, which it is handed in corpus order.
 pub(super) trait Work {
@@ -32,21 +28,36 @@ pub(super) trait Work {
     ///
     /// # Errors
     /// As [`Work::take`].
-    fn finish(&mut self) -> Result<Layers>;
+    fn finish(&mut self) -> Result<Results>;
 }
 
 /// Passes one after the other on the CPU. Sums go on from pass to pass, so they do not depend on where one ends.
 struct OnCpu<'a> {
     cpu: &'a Cpu<f32>,
     engine: Engine<'a, Cpu<f32>>,
-    sink: MomentSink<Cpu<f32>>,
+    sink: CpuSink,
     totals: Totals,
+}
+
+/// What the passes are shown to.
+enum CpuSink {
+    Dimensions(MomentSink<Cpu<f32>>),
+    Features(SaeSink<Cpu<f32>>),
+    /// The same, with one layer's site replaced at a time.
+    Spliced(SaeSink<Cpu<f32>>),
 }
 
 impl Work for OnCpu<'_> {
     fn take(&mut self, pass: Pass) -> Result<()> {
-        let run = self.engine.run(&pass, &mut self.sink)?;
-        self.sink.check(self.cpu)?;
+        let run = match &mut self.sink {
+            CpuSink::Dimensions(sink) => {
+                let run = self.engine.run(&pass, sink)?;
+                sink.check(self.cpu)?;
+                run
+            }
+            CpuSink::Features(sink) => self.engine.run(&pass, sink)?,
+            CpuSink::Spliced(sink) => self.engine.run_spliced(&pass, sink)?,
+        };
         self.totals.add(&run.settle(self.cpu)?);
         Ok(())
     }
@@ -59,8 +70,11 @@ impl Work for OnCpu<'_> {
         &self.totals
     }
 
-    fn finish(&mut self) -> Result<Layers> {
-        self.sink.read(self.cpu)
+    fn finish(&mut self) -> Result<Results> {
+        Ok(match &mut self.sink {
+            CpuSink::Dimensions(sink) => Results::Dimensions(sink.read(self.cpu)?),
+            CpuSink::Features(sink) | CpuSink::Spliced(sink) => Results::Features(sink.take(self.cpu)?),
+        })
     }
 }
 
@@ -73,7 +87,16 @@ pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -
         return Ok(Box::new(OnCuda::start(plan, devices, *lower, interrupt)?));
     }
     let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());
-    let sink = MomentSink::new(&plan.engine.layers, plan.spec.hidden_size);
+    let sink = match &plan.sae {
+        None => CpuSink::Dimensions(MomentSink::new(&plan.engine.layers, plan.spec.hidden_size)),
+        Some(sae) => {
+            let sink = SaeSink::new(sae.spec(plan.quantity, plan.transform.mode));
+            match sae.is_spliced(plan.quantity) {
+                true => CpuSink::Spliced(sink),
+                false => CpuSink::Features(sink),
+            }
+        }
+    };
     let engine = engine.interruptible(interrupt.clone());
     Ok(Box::new(OnCpu { cpu, engine, sink, totals: Totals::default() }))
 }

@@ -149,6 +149,27 @@ impl Tokens {
         texts.par_iter().map(|text| self.sample(text)).collect()
     }
 
+    /// The texts of neighbouring tokens: those before one, its own, those after it. A character whose bytes are of
+    /// several of these parts may show as `�`.
+    pub fn around(&self, [before, own, after]: [&[u32]; 3]) -> Result<[String; 3]> {
+        // From the start each time: what a token looks like depends on whether others stand before it.
+        let all = [before, own, after].concat();
+        let until = |end: usize| {
+            self.tokenizer
+                .decode(&all[..end], false)
+                .map_err(|cause| Error::new("the tokenizer cannot show tokens").at(&self.name).found(cause))
+        };
+        let [first, second, third] =
+            [until(before.len())?, until(before.len() + own.len())?, until(all.len())?];
+        let rest = |whole: &str, part: &str| {
+            let same = whole.bytes().zip(part.bytes()).take_while(|(a, b)| a == b).count();
+            let start = (0..=same).rev().find(|&at| whole.is_char_boundary(at)).unwrap_or(0);
+            whole[start..].to_owned()
+        };
+        let (token, after) = (rest(&second, &first), rest(&third, &second));
+        Ok([first, token, after])
+    }
+
     fn sample(&self, text: &str) -> Result<Sample> {
         let encoding = self.tokenizer.encode_fast(text, true).map_err(|cause| {
             Error::new("the tokenizer cannot read a text")

@@ -38,9 +38,28 @@ impl SaeSpec {
         self.quantity != Quantity::Values
     }
 
+    /// Bytes of the sums of an SAE of F = `features`.
+    pub fn bytes(&self, features: usize) -> u64 {
+        const MOMENTS: usize = 4 * size_of::<f64>();
+        let values = MOMENTS + size_of::<u64>() + size_of::<Place>() + size_of::<Example>();
+        let each = match self.quantity {
+            // At the end one array is made.
+            _ if self.signed_sums_alone => size_of::<f64>(),
+            Quantity::Values => values,
+            Quantity::Gradients => values + MOMENTS,
+            Quantity::Attribution => values + 2 * MOMENTS,
+        };
+        (features * each) as u64
+    }
+
     /// Whether f and dL/df are needed together, so that x waits for its gradient.
     fn both(&self) -> bool {
         self.gradients() && (self.gradient == SaeGradient::Active || self.quantity == Quantity::Attribution)
+    }
+
+    /// Whether values wait for their gradients.
+    pub fn waits(&self, sae: &SaeWeights) -> bool {
+        self.both() || (self.gradients() && sae.norm != InputNorm::None)
     }
 
     /// The sums of a layer, empty.
@@ -135,20 +154,20 @@ impl<B: SaeBackend> SaeSink<B> {
         Self { spec, layers }
     }
 
-    /// The sums so far, by layer.
+    /// Hands out the sums, by layer; what comes after starts with none.
     ///
     /// # Errors
     /// The device's.
-    pub fn read(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerFeatures>> {
-        let layer = |(&layer, state): (&usize, &Layer<B>)| {
-            let mut result = state.result.clone();
+    pub fn take(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerFeatures>> {
+        let layer = |(layer, state): (usize, Layer<B>)| {
+            let mut result = state.result;
             if let Some(v) = &state.output_gradients {
                 let sum = backend.decode_gradient(&self.spec.saes[&layer], &v.sum)?;
                 result.sums.gradients = Some(Moments { sum, count: v.count, ..Moments::default() });
             }
             Ok((layer, result))
         };
-        self.layers.iter().map(layer).collect()
+        std::mem::take(&mut self.layers).into_iter().map(layer).collect()
     }
 
     fn values(&mut self, backend: &B, layer: usize, chunk: &Chunk, x: &B::Buf) -> Result<()> {
@@ -159,7 +178,6 @@ impl<B: SaeBackend> SaeSink<B> {
         let result = &mut state.result;
         let alone = !spec.both();
         let checking = result.fit.tokens < CHECKED_TOKENS;
-        let needs_x = spec.both() || (spec.gradients() && sae.norm != InputNorm::None);
         if checking {
             // What is encoded for the check is added up at once.
             let values = result.sums.values.as_mut().filter(|_| alone);
@@ -174,7 +192,7 @@ impl<B: SaeBackend> SaeSink<B> {
         if alone {
             result.find_examples(chunk);
         }
-        if needs_x {
+        if spec.waits(sae) {
             state.waiting.push_back(backend.copy(x)?);
         }
         Ok(())

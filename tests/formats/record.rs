@@ -72,6 +72,7 @@ fn extra() -> serde_json::Map<String, Value> {
 /// A spec for `record` under `root`.
 pub fn spec(root: &Path, save_consolidated: Option<&Path>) -> OutputSpec {
     let name = FolderName {
+        kind: "layer_activations",
         model_name: "org/tiny",
         num_samples: 5,
         batch_size: 4,

@@ -41,7 +41,7 @@ pub(super) const CONFIG: &str = "config.json";
 pub(super) const HYPERPARAMS: &str = "hyperparams.json";
 
 /// What is looked for, in a message.
-const KNOWN: &str = "ae.pt and config.json (dictionary_learning), sae.safetensors and cfg.json (sparsify), \
+pub const KNOWN: &str = "ae.pt and config.json (dictionary_learning), sae.safetensors and cfg.json (sparsify), \
     sae_weights.safetensors and cfg.json (SAELens), params.npz (Gemma Scope), params.safetensors and config.json \
     (Gemma Scope 2), or hyperparams.json and checkpoints/final.safetensors (Llama Scope)";
 /// How many names a message lists.

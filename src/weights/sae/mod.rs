@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use crate::error::{Error, Result};
 use crate::model::sae::SaeWeights;
 pub use find::{Found, enumerate, enumerate_listing, files_of};
-pub use format::{Format, recognise};
+pub use format::{Format, KNOWN, recognise};
 
 mod config;
 mod dictionary_learning;

@@ -79,7 +79,11 @@ impl<T: Element> Cpu<T> {
                     codes
                 };
                 let codes: Vec<Codes<T>> = tiles.par_iter().zip(sums).with_max_len(1).map(of_tile).collect();
-                fired += codes.iter().map(|codes| codes.len() as u64).sum::<u64>();
+                let counted = |codes: &Codes<T>| -> u64 {
+                    let rows = codes.rows().zip(&chosen.places).filter(|(_, place)| place.position > 0);
+                    rows.map(|(entries, _)| entries.len() as u64).sum()
+                };
+                fired += codes.iter().map(counted).sum::<u64>();
                 self.sae_decode(&sae.decoder, tiles, &codes, &mut decoded);
             }
         }
@@ -142,11 +146,13 @@ impl<T: Element> Cpu<T> {
         });
     }
 
+    /// Position 0 of a sample is left out: many models dump there what they have no use for.
     fn sae_add_fit(&self, chosen: &Chosen, x: &Buf<T>, decoded: &Buf<T>, fit: &mut Fit) {
         let width = x.width;
         fit.sum.resize(width, 0.0);
-        fit.tokens += chosen.len() as u64;
-        for (&row, decoded) in chosen.rows.iter().zip(decoded.chunks_exact(width)) {
+        let rows = chosen.rows.iter().zip(&chosen.places).zip(decoded.chunks_exact(width));
+        for ((&row, _), decoded) in rows.filter(|((_, place), _)| place.position > 0) {
+            fit.tokens += 1;
             let x = &x[row * width..][..width];
             let (mut residual, mut sum_sq) = (0.0, 0.0);
             for ((sum, x), decoded) in fit.sum.iter_mut().zip(x).zip(decoded) {

@@ -1,0 +1,81 @@
+//! What a run adds up: sums of dimensions, or of SAE features.
+
+use std::collections::BTreeMap;
+
+use crate::backend::{FeatureValues, Moments};
+use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity};
+
+/// Sums of each wanted layer.
+pub(super) enum Results {
+    /// Of the dimensions of a site.
+    Dimensions(BTreeMap<usize, LayerMoments>),
+    /// Of SAE features.
+    Features(BTreeMap<usize, LayerFeatures>),
+}
+
+/// The sums of one layer and one quantity.
+pub(super) struct Summed<'a> {
+    pub layer: usize,
+    pub quantity: Quantity,
+    /// Sums that were not asked for are empty.
+    pub moments: &'a Moments,
+    /// The same of position 0 of each sample alone.
+    pub at_0: Option<&'a Moments>,
+    /// Of features: what else is known of their activations.
+    pub features: Option<&'a FeatureValues>,
+}
+
+impl Results {
+    /// Everything there is, values first, layers ascending.
+    pub fn summed(&self) -> Vec<Summed<'_>> {
+        let mut all: Vec<Summed<'_>> = match self {
+            Self::Dimensions(layers) => {
+                layers.iter().flat_map(|(&layer, sums)| dimensions(layer, sums)).collect()
+            }
+            Self::Features(layers) => {
+                layers.iter().flat_map(|(&layer, sums)| features(layer, sums)).collect()
+            }
+        };
+        all.sort_by_key(|summed| summed.quantity);
+        all
+    }
+
+    /// Of features.
+    pub fn features(&self) -> Option<&BTreeMap<usize, LayerFeatures>> {
+        match self {
+            Self::Dimensions(_) => None,
+            Self::Features(layers) => Some(layers),
+        }
+    }
+
+    /// Of dimensions.
+    pub fn dimensions(&self) -> Option<&BTreeMap<usize, LayerMoments>> {
+        match self {
+            Self::Dimensions(layers) => Some(layers),
+            Self::Features(_) => None,
+        }
+    }
+}
+
+fn dimensions(layer: usize, sums: &LayerMoments) -> Vec<Summed<'_>> {
+    let each = [(Quantity::Values, Direction::Values), (Quantity::Gradients, Direction::Gradients)];
+    let summed = |(quantity, direction)| {
+        let (moments, at_0) = (sums.get(direction)?, sums.at_0(direction));
+        Some(Summed { layer, quantity, moments, at_0, features: None })
+    };
+    each.into_iter().filter_map(summed).collect()
+}
+
+fn features(layer: usize, LayerFeatures { sums, .. }: &LayerFeatures) -> Vec<Summed<'_>> {
+    let values = sums.values.as_ref();
+    let each = [
+        (Quantity::Values, values.map(|values| &values.moments)),
+        (Quantity::Gradients, sums.gradients.as_ref()),
+        (Quantity::Attribution, sums.attribution.as_ref()),
+    ];
+    let summed = |(quantity, moments): (Quantity, Option<_>)| {
+        let features = values.filter(|_| quantity == Quantity::Values);
+        Some(Summed { layer, quantity, moments: moments?, at_0: None, features })
+    };
+    each.into_iter().filter_map(summed).collect()
+}
