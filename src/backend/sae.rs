@@ -24,6 +24,20 @@ impl Positions {
         self.samples.iter().map(|(_, rows)| rows.clone().skip(self.first).step_by(self.stride))
     }
 
+    /// The first samples, as many as have `tokens` tokens looked at besides position 0; and the others.
+    pub fn split(mut self, tokens: u64) -> (Self, Self) {
+        let mut left = tokens;
+        let first = self.samples.iter().take_while(|(_, rows)| {
+            let go_on = left > 0;
+            let behind = rows.len().saturating_sub(self.first).div_ceil(self.stride) as u64;
+            left = left.saturating_sub(behind.saturating_sub(u64::from(self.first == 0)));
+            go_on
+        });
+        let rest = self.samples.split_off(first.count());
+        let (stride, first) = (self.stride, self.first);
+        (self, Self { samples: rest, stride, first })
+    }
+
     /// Tokens looked at in samples of at least `shortest` tokens.
     pub fn count(&self, shortest: usize) -> u64 {
         let chosen = |(_, rows): &(u64, Range<usize>)| match rows.len() >= shortest {
@@ -162,4 +176,21 @@ pub trait SaeBackend: Backend {
 
     /// Bytes that these methods need at most besides arguments and results, for N = `tokens`.
     fn sae_workspace_bytes(&self, sae: &SaeWeights, tokens: usize) -> u64;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_between_samples() {
+        let at = Positions { samples: vec![(7, 0..5), (8, 5..6), (9, 6..12)], stride: 2, first: 0 };
+        // Positions 2 and 4 of the first, none of the second, 2 and 4 of the third.
+        for (tokens, first) in [(0, 0), (1, 1), (2, 1), (3, 3), (4, 3), (99, 3)] {
+            let (checked, rest) = at.clone().split(tokens);
+            assert_eq!([checked.samples.len(), rest.samples.len()], [first, 3 - first], "{tokens}");
+            assert_eq!([checked.samples, rest.samples].concat(), at.samples);
+            assert_eq!((rest.stride, rest.first), (2, 0));
+        }
+    }
 }

@@ -177,17 +177,18 @@ impl<B: SaeBackend> SaeSink<B> {
         };
         let result = &mut state.result;
         let alone = !spec.both();
-        let checking = result.fit.tokens < CHECKED_TOKENS;
-        if checking {
+        let (checked, rest) = at.split(CHECKED_TOKENS.saturating_sub(result.fit.tokens));
+        if !checked.samples.is_empty() {
             // What is encoded for the check is added up at once.
             let values = result.sums.values.as_mut().filter(|_| alone);
-            drop(backend.reconstruct(sae, &at, x, values, Some(&mut result.fit))?);
+            drop(backend.reconstruct(sae, &checked, x, values, Some(&mut result.fit))?);
             if !(result.fit.residual.is_finite() && result.fit.sum_sq.is_finite()) {
                 return Err(not_finite(layer, "reconstruction", None));
             }
-        } else if alone && result.sums.values.is_some() {
-            let finite = backend.features(sae, &at, Some(x), None, spec.gradient, &mut result.sums)?;
-            finite.map_err(|bad| not_finite(layer, "values", Some((&at, bad))))?;
+        }
+        if alone && result.sums.values.is_some() && !rest.samples.is_empty() {
+            let finite = backend.features(sae, &rest, Some(x), None, spec.gradient, &mut result.sums)?;
+            finite.map_err(|bad| not_finite(layer, "values", Some((&rest, bad))))?;
         }
         if alone {
             result.find_examples(chunk);
