@@ -3,6 +3,7 @@
 //! * `help`: what the program says about itself and about a plan
 //! * `doctor`: what it finds, and what stands in the way of a job
 //! * `results`: which files a run writes and what is in them
+//! * `sae`: runs over SAE features, where SAEs are found, and what is refused
 //! * `same_bytes`: what must not change a result, and what must
 //! * `screen`: what is printed, and what is kept for the file alone
 //! * `interrupt`: Ctrl-C and `kill`
@@ -28,6 +29,8 @@ mod help;
 mod interrupt;
 #[path = "cli/results.rs"]
 mod results;
+#[path = "cli/sae.rs"]
+mod sae;
 #[path = "cli/same_bytes.rs"]
 mod same_bytes;
 #[path = "cli/screen.rs"]

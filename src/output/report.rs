@@ -2,6 +2,8 @@
 
 /// Columns of a terminal that the table never exceeds.
 const WIDTH: usize = 100;
+/// A cell of which nothing is known.
+const UNKNOWN: &str = "-";
 /// Rows of the table that fit one screen with what is said around it.
 const ROWS: usize = 28;
 
@@ -58,31 +60,38 @@ pub fn top(values: &[f32], count: usize) -> Vec<(usize, f64)> {
     order.into_iter().take(count).map(|dimension| (dimension, f64::from(values[dimension]))).collect()
 }
 
-/// The table. `quantity` names what the numbers are, as in `gradients of the loss at mlp (nats per unit)`.
+/// The table. `quantity` names what the numbers are, as in `gradients of the loss at mlp (nats per unit)`, and `item`
+/// what they are of: `dimension` or `feature`.
 ///
-/// Columns: layer, tokens, mean, mean|.|, max|.|, position 0's share, then as many `dimension:value` as fit in 100
-/// columns.
-pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
-    let cells: Vec<[String; 6]> = rows
-        .iter()
-        .map(|row| {
-            let numbers = [Some(row.mean), row.mean_abs, row.max_abs];
-            let [mean, mean_abs, max_abs] = numbers.map(|number| number.map_or("-".into(), significant));
-            let share = row.position_0_share.map_or("-".into(), |share| format!("{:.1}%", 100.0 * share));
-            [row.layer.to_string(), row.tokens.to_string(), mean, mean_abs, max_abs, share]
+/// Columns: layer, tokens, mean, mean|.|, max|.|, position 0's share, as far as they are known of any row, then as many
+/// `item:value` as fit in 100 columns.
+pub fn table(quantity: &str, item: &str, rows: &[LayerSummary]) -> String {
+    let number = |number: Option<f64>| number.map_or(UNKNOWN.into(), significant);
+    let share = |share: f64| format!("{:.1}%", 100.0 * share);
+    let columns: Vec<(&str, Vec<String>)> = vec![
+        ("layer", rows.iter().map(|row| row.layer.to_string()).collect()),
+        ("tokens", rows.iter().map(|row| row.tokens.to_string()).collect()),
+        ("mean", rows.iter().map(|row| significant(row.mean)).collect()),
+        ("mean|.|", rows.iter().map(|row| number(row.mean_abs)).collect()),
+        ("max|.|", rows.iter().map(|row| number(row.max_abs)).collect()),
+        ("pos 0", rows.iter().map(|row| row.position_0_share.map_or(UNKNOWN.into(), share)).collect()),
+    ];
+    let known = columns.into_iter().filter(|(_, cells)| cells.iter().any(|cell| cell != UNKNOWN));
+    let columns: Vec<(&str, Vec<String>, usize)> = known
+        .map(|(title, cells)| {
+            let width = cells.iter().map(String::len).chain([title.len()]).max().unwrap_or(0);
+            (title, cells, width)
         })
         .collect();
-    let titles = ["layer", "tokens", "mean", "mean|.|", "max|.|", "pos 0"];
-    let widths: [usize; 6] = std::array::from_fn(|column| {
-        cells.iter().map(|cells| cells[column].len()).chain([titles[column].len()]).max().unwrap_or(0)
-    });
+    let line = |cell: &dyn Fn(&str, &[String]) -> String| {
+        let aligned = columns.iter().map(|(title, cells, width)| format!("{:>width$}", cell(title, cells)));
+        aligned.collect::<Vec<_>>().join("  ")
+    };
 
-    let mut text = format!("{quantity}\n");
-    let mut title = aligned(&titles.map(str::to_owned), &widths);
-    title.push_str("  largest |v| as dimension:value");
-    push_line(&mut text, &title);
-    for (row, cells) in rows.iter().zip(&cells) {
-        let mut line = aligned(cells, &widths);
+    let mut text =
+        format!("{quantity}\n{}  largest |v| as {item}:value\n", line(&|title, _| title.to_owned()));
+    for (number, row) in rows.iter().enumerate() {
+        let mut line = line(&|_, cells| cells[number].clone());
         for (dimension, value) in &row.top {
             let item = format!("  {dimension}:{}", significant(*value));
             if line.len() + item.len() > WIDTH {
@@ -90,7 +99,8 @@ pub fn table(quantity: &str, rows: &[LayerSummary]) -> String {
             }
             line.push_str(&item);
         }
-        push_line(&mut text, &line);
+        text.push_str(&line);
+        text.push('\n');
     }
     text
 }
@@ -110,15 +120,6 @@ pub fn every(step: usize) -> String {
         3 => "every 3rd".into(),
         _ => format!("every {step}th"),
     }
-}
-
-fn aligned(cells: &[String; 6], widths: &[usize; 6]) -> String {
-    cells.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}")).collect::<Vec<_>>().join("  ")
-}
-
-fn push_line(text: &mut String, line: &str) {
-    text.push_str(line);
-    text.push('\n');
 }
 
 /// Four significant digits, in the shorter of fixed and scientific notation: `12.35`, `-0.001235`, `1.235e-9`.
@@ -166,11 +167,20 @@ mod tests {
             LayerSummary::new(0, 4096, &[0.5, -1.5], &[0.75, 1.5], &[3.0, 7.0], Some(0.123), &[0.5, -1.5], 5);
         let last = LayerSummary { layer: 79, tokens: 12_345_678, ..first.clone() };
         assert_eq!(
-            table("values at mlp", &[first, last]),
+            table("values at mlp", "dimension", &[first, last]),
             "values at mlp\n\
              layer    tokens     mean  mean|.|  max|.|  pos 0  largest |v| as dimension:value\n    \
              0      4096  -0.5000    1.125   7.000  12.3%  1:-1.500  0:0.5000\n   \
              79  12345678  -0.5000    1.125   7.000  12.3%  1:-1.500  0:0.5000\n"
+        );
+    }
+
+    #[test]
+    fn columns_of_which_nothing_is_known_are_left_out() {
+        let row = LayerSummary::new(0, 9, &[0.5, -1.5], &[], &[], None, &[0.5, -1.5], 1);
+        assert_eq!(
+            table("means", "feature", &[row]),
+            "means\nlayer  tokens     mean  largest |v| as feature:value\n    0       9  -0.5000  1:-1.500\n"
         );
     }
 
@@ -185,7 +195,7 @@ mod tests {
             position_0_share: Some(1.0),
             top: vec![(65_535, -1.234e-10); 9],
         };
-        let text = table("gradients", &vec![row; 80]);
+        let text = table("gradients", "feature", &vec![row; 80]);
         assert_eq!(text.lines().count(), 82);
         assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
         assert!(text.contains("65535:-1.234e-10"));

@@ -110,6 +110,7 @@ fn push_times(text: &mut String, indent: &str, times: &[(String, f64)]) {
 fn title(name: &str) -> String {
     let mut letters = name.chars();
     match letters.next() {
+        _ if name.starts_with("sae_") => name.replace("sae_", "SAE ").replace('_', " "),
         Some(first) => first.to_uppercase().chain(letters).collect::<String>().replace('_', " "),
         None => String::new(),
     }

@@ -211,7 +211,7 @@ impl Plan {
             if args.layers.is_none() {
                 label = layers_label(Some(&ranges(&layers)), config.num_layers);
             }
-            sae.saes.values().for_each(|sae| notes.extend(sae.about.notes.iter().cloned()));
+            notes.extend(sae.notes());
         }
         let corpus = match embedded {
             Some(demo) => Corpus::Embedded(demo),

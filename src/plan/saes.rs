@@ -127,25 +127,35 @@ impl SaePlan {
         }
     }
 
+    /// What the files of the SAEs leave to say.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let of = |(layer, sae): (&usize, &Sae)| -> Vec<String> {
+            sae.about.notes.iter().map(|note| format!("SAE of layer {layer}: {note}")).collect()
+        };
+        self.saes.iter().flat_map(of).collect()
+    }
+
     /// Whether the model is run anew for each layer.
     pub fn is_spliced(&self, quantity: Quantity) -> bool {
         self.splice == SaeSplice::Replace && quantity != Quantity::Values
     }
 
-    /// As in `gradients of active features, each layer's reconstruction in its place`.
+    /// As in `gradients of active features`.
     pub fn what(&self, quantity: Quantity) -> String {
-        format!("{quantity}{}", self.which(quantity))
+        let which = match self.gradient {
+            SaeGradient::Active if quantity == Quantity::Gradients => "active features",
+            _ => "features",
+        };
+        format!("{quantity} of {which}")
     }
 
-    /// The same without the quantity's name.
-    pub fn which(&self, quantity: Quantity) -> String {
-        let which = match self.gradient {
-            SaeGradient::Active if quantity == Quantity::Gradients => " of active features",
-            _ => " of features",
+    /// As in `mlp, each layer's reconstruction in its place`.
+    pub fn place(&self, quantity: Quantity) -> String {
+        let splice = match self.is_spliced(quantity) {
+            true => ", one layer's reconstruction in its place at a time",
+            false => "",
         };
-        let splice =
-            if self.is_spliced(quantity) { ", each layer's reconstruction in its place" } else { "" };
-        format!("{which}{splice}")
+        format!("{}{splice}", self.site)
     }
 
     /// Bytes that the backend and the walks need besides the model's own, for chunks and passes of so many tokens.

@@ -5,6 +5,7 @@ use std::fmt;
 use super::{Devices, Plan};
 use crate::model::op::Site;
 use crate::model::{Config, RopeScaling};
+use crate::stats::Quantity;
 use crate::units::{size, thousands};
 
 impl fmt::Display for Plan {
@@ -94,6 +95,11 @@ impl Plan {
         }
     }
 
+    /// The place in each block that is looked at, and what stands there.
+    pub fn place(&self, quantity: Quantity) -> String {
+        self.sae.as_ref().map_or(Site::Mlp.name().into(), |sae| sae.place(quantity))
+    }
+
     /// The place in each block that is looked at, as users call it.
     pub fn site(&self) -> &'static str {
         self.sae.as_ref().map_or(Site::Mlp.name(), |sae| sae.site)
@@ -146,7 +152,7 @@ impl Plan {
         format!(
             "{}{loss} at {}, {}{power}, normalised by {}",
             self.what(),
-            self.site(),
+            self.place(self.quantity),
             self.transform.mode.name(),
             self.transform.normalise.name()
         )

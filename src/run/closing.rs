@@ -27,8 +27,9 @@ pub(super) struct Table {
 /// `runtime_output.txt` gets the other quantities and the layers left out.
 pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
     let saved = plan.output.save_outputs;
+    let item = if plan.sae.is_some() { "feature" } else { "dimension" };
     for Table { quantity, title, rows } in tables {
-        let full = report::table(title, rows);
+        let full = report::table(title, item, rows);
         if *quantity != plan.quantity && !plan.is_demo() {
             log.keep(&full);
             continue;
@@ -40,7 +41,7 @@ pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
         }
         let every = report::every(step);
         let about = format!("{every} of {} layers, and the last; runtime_output.txt has all", rows.len());
-        log.out(&format!("{}({about})\n", report::table(title, &shown)));
+        log.out(&format!("{}({about})\n", report::table(title, item, &shown)));
         log.keep(&full);
     }
 }

@@ -73,16 +73,17 @@ pub(super) fn record<'a>(
 
 /// What the numbers of a table are.
 fn title(plan: &Plan, quantity: Quantity) -> String {
-    let (site, loss) = (plan.site(), plan.engine.loss_reduction.name());
+    let loss = format!("of the {} loss", plan.engine.loss_reduction.name());
+    let place = plan.place(quantity);
     match (&plan.sae, quantity) {
-        (None, Quantity::Gradients) => format!("gradients at {site} of the {loss} loss, nats per unit"),
-        (None, _) => format!("{quantity} at {site}"),
-        (Some(_), Quantity::Values) => format!("activations of SAE features at {site}"),
+        (None, Quantity::Gradients) => format!("gradients at {place} {loss}, nats per unit"),
+        (None, _) => format!("{quantity} at {place}"),
+        (Some(_), Quantity::Values) => format!("activations of SAE features at {place}"),
         (Some(sae), Quantity::Gradients) => {
-            format!("{} at {site}, of the {loss} loss, nats per unit", sae.what(quantity))
+            format!("{} {loss} at {place}; nats per unit", sae.what(quantity))
         }
-        (Some(sae), Quantity::Attribution) => {
-            format!("activation times gradient{} at {site}, of the {loss} loss, nats", sae.which(quantity))
+        (Some(_), Quantity::Attribution) => {
+            format!("activation times gradient {loss}, of features at {place}; nats")
         }
     }
 }

@@ -128,7 +128,6 @@ fn rebuild(files: &mut Files, class: &TokenizerClass, wanted: &Wanted) {
     let json = &mut files.tokenizer;
     json.insert("normalizer".into(), normalizer);
     json.insert("pre_tokenizer".into(), splitter);
-    json.insert("decoder".into(), Value::Null);
     json.insert("added_tokens".into(), json!([]));
     if let Some(Value::Object(model)) = json.get_mut("model") {
         let unk = class.names_unk.then(|| wanted.content("unk_token")).flatten();

@@ -104,7 +104,10 @@ impl Dir {
         let mut made: Vec<PathBuf> = fs::read_dir(self.path(parent))
             .unwrap()
             .map(|entry| entry.unwrap().path())
-            .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("layer_activations_"))
+            .filter(|path| {
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                name.starts_with("layer_activations_") || name.starts_with("sae_features_")
+            })
             .collect();
         assert_eq!(made.len(), 1, "one results folder in {made:?} {:#?}", self.listing());
         made.remove(0)

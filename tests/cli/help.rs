@@ -8,13 +8,23 @@ const FLAGS: &str = "--model_name --num_samples --batch_size --max_length --save
     --dataset --text_column --min_chars --loss_reduction --output_dir --dry_run --dtype --threads \
     --tokens_per_pass --memory --quiet --revision --dataset_config --dataset_split --dataset_revision";
 
+/// Flags of `sae` alone.
+const SAE_FLAGS: &str = "--sae --sae_revision --site --sae_gradient --sae_splice --position_stride --sae_norm_scale \
+    --llamascope_convention";
+
 #[test]
 fn help_names_the_commands() {
     let dir = Dir::new();
     let run = dir.ok("--help");
-    for text in
-        ["Usage: gradlens <COMMAND>", "\n  layer ", "\n  fetch ", "\n  doctor ", "\n  demo ", "--version"]
-    {
+    for text in [
+        "Usage: gradlens <COMMAND>",
+        "\n  layer ",
+        "\n  sae ",
+        "\n  fetch ",
+        "\n  doctor ",
+        "\n  demo ",
+        "--version",
+    ] {
         run.out(text);
     }
     run.check(run.stderr.is_empty(), "help is no error");
@@ -34,6 +44,11 @@ fn help_of_layer_explains_every_flag() {
             run.out(text);
         }
     }
+    let run = dir.ok("sae --help");
+    for flag in FLAGS.split_whitespace().chain(SAE_FLAGS.split_whitespace()) {
+        run.out(&format!("      {flag}"));
+    }
+    run.out("attribution");
     let run = dir.ok("demo --help");
     for flag in ["--output_dir", "--num_samples", "--threads", "--quiet"] {
         run.out(flag);
