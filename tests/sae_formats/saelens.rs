@@ -185,6 +185,13 @@ fn a_scale_that_the_user_gives() {
     says(read(&path), &["do not say the scale", "hint: --sae_norm_scale"]);
     let (_root, path) = folder(&config("standard", json!({"normalize_activations": true})), &entries(&raw));
     says(read(&path), &["hint: --sae_norm_scale"]);
+    // Where nothing asks for a scale, it changes nothing, and that is said.
+    let (_root, plain) = folder(&config("standard", json!({})), &entries(&raw));
+    let sae = read_scaled(&plain, S).unwrap();
+    assert!(
+        sae.weights.encoder_scale.is_none()
+            && sae.about.notes[0].contains("--sae_norm_scale changes nothing")
+    );
     let error = read_scaled(&path, -1.0).unwrap_err().to_string();
     assert!(error.contains("--sae_norm_scale is impossible"), "{error}");
 }

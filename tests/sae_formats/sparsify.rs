@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::raw::{Raw, check, read, says, top, vector};
+use crate::raw::{Raw, check, read, read_as_saelens, read_scaled, says, top, vector};
 use crate::write::{Array, Kind, put, put_json, safetensors};
 
 fn entries(raw: &Raw) -> Vec<(&'static str, Array)> {
@@ -36,6 +36,12 @@ fn top_k() {
     assert_eq!((about.layer, about.hook.as_deref()), (Some(10), Some("layers.10.mlp")));
     assert_eq!((about.expected_l0, about.model_name.as_deref()), (Some(5.0), Some("org/model")));
     assert_eq!(about.notes, [""; 0]);
+    for (sae, flag) in [
+        (read_scaled(&folder, 2.0), "--sae_norm_scale"),
+        (read_as_saelens(&folder), "--llamascope_convention"),
+    ] {
+        assert!(sae.unwrap().about.notes[0].starts_with(flag));
+    }
     check(&sae, |x| {
         let f = top(&raw.hidden(&raw.centred(x)), 5);
         (f.clone(), raw.decode(&f))
