@@ -273,6 +273,12 @@ fn what_cannot_be_used_is_refused() {
     let (_root, path) = folder("CrossCoder", None, &tensors(&linear(&raw, "b_dec")));
     says(read(&path), &["trainer.dict_class", "CrossCoder", "BatchTopKSAE"]);
 
+    let (_root, path) = folder("AutoEncoder", None, &tensors(&linear(&raw, "bias")));
+    put_json(&path, "config.json", &json!({"buffer": {"io": "in_and_out"}}));
+    says(read(&path), &["buffer.io", "hint: a transcoder computes"]);
+    put_json(&path, "config.json", &json!({"buffer": {"io": "in"}}));
+    assert!(read(&path).unwrap().about.notes[0].contains("input of its module"));
+
     // Norms must not be divided by where there are none.
     let mut dead = Raw::new(13);
     dead.decoder[3] = vec![0.0; 6];
