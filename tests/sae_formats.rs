@@ -11,6 +11,8 @@ mod dictionary_learning;
 mod folders;
 #[path = "sae_formats/fuzz.rs"]
 mod fuzz;
+#[path = "sae_formats/large.rs"]
+mod large;
 #[path = "sae_formats/pickles.rs"]
 mod pickles;
 #[path = "sae_formats/raw.rs"]

@@ -47,10 +47,16 @@ unsafe impl GlobalAlloc for Noting {
 #[global_allocator]
 static ALLOCATOR: Noting = Noting;
 
+/// The most bytes that `work` asks for at once, on this thread.
+pub fn largest_request<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    LARGEST.set(0);
+    (work(), LARGEST.get())
+}
+
 /// Opens what is in `folder` and looks at its vectors; files of a few kilobytes must not need more than this at once.
 fn opens(folder: &Path) {
-    LARGEST.set(0);
-    match read(folder) {
+    let (sae, largest) = largest_request(|| read(folder));
+    match sae {
         Ok(Sae { weights, .. }) => {
             let (features, width) = (weights.num_features(), weights.width());
             assert!(weights.encoder_bias.len() == features && weights.decoder_bias.len() == width);
@@ -61,7 +67,7 @@ fn opens(folder: &Path) {
         Err(error) => assert!(!error.to_string().is_empty()),
     }
     // Buffers of files, and of the directory of a zip archive some hundred bytes for each of its own.
-    assert!(LARGEST.get() <= 8 << 20, "{} bytes at once", LARGEST.get());
+    assert!(largest <= 8 << 20, "{largest} bytes at once");
 }
 
 /// Operations of the unpickler with arguments that fit, in any order.
