@@ -52,28 +52,26 @@ fn map_file(file: &File) -> io::Result<Bytes> {
     Ok(Arc::new(map))
 }
 
-/// What `write` writes, as the mapped pages of a temporary file without a name. It goes when its last user does.
+/// Where large temporary files belong (file-hierarchy(7)): `/tmp` may be memory.
+const LARGE_TEMPORARY: &str = "/var/tmp";
+const CANNOT_KEEP: &str = "cannot keep weights in a temporary file";
+
+/// What `write` writes, as the mapped pages of a temporary file without a name. It goes when its last user does. The
+/// file is in TMPDIR where that is set.
 ///
 /// # Errors
 /// Those of `write`, or there is no space for the file.
 pub(super) fn temporary(write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<Bytes> {
-    let what = "cannot keep weights in a temporary file";
-    let folder = std::env::temp_dir();
-    let failed = |error: Error| {
-        error
-            .at_path(&folder)
-            .hint("set TMPDIR to a folder on a disk with more space than the unpacked weights need")
-    };
-    let file = tempfile::tempfile().context(what).map_err(failed)?;
-    let mut writer = BufWriter::with_capacity(1 << 20, file);
+    let chosen = std::env::var_os("TMPDIR").is_some();
+    let large = (!chosen).then(|| tempfile::tempfile_in(LARGE_TEMPORARY).ok()).flatten();
+    let file = large.map_or_else(tempfile::tempfile, Ok);
+    let mut writer = BufWriter::with_capacity(1 << 20, or_full(file)?);
     write(&mut writer)?;
-    writer.flush().context(what).map_err(failed)?;
-    map_file(writer.get_ref()).context(what).map_err(failed)
+    or_full(writer.flush())?;
+    or_full(map_file(writer.get_ref()))
 }
 
-/// `written`, as an error of [`temporary`].
-pub(super) fn or_full(written: io::Result<()>) -> Result<()> {
-    written
-        .context("cannot keep weights in a temporary file")
-        .map_err(|error| error.hint("set TMPDIR to a folder on a disk with more space"))
+/// What an operation on such a file gave, with its error as the user reads it.
+pub(super) fn or_full<T>(done: io::Result<T>) -> Result<T> {
+    done.context(CANNOT_KEEP).map_err(|error| error.hint("set TMPDIR to a folder on a disk with more space"))
 }

@@ -29,9 +29,8 @@ pub fn encode(sae: &SaeWeights, x: &[f64]) -> Vec<f64> {
     let width = sae.width();
     let (scale, shift, _) = norm(sae, x);
     let x: Vec<f64> = (0..width).map(|d| (x[d] - shift) * scale - at(&sae.input_bias, d, 0.0)).collect();
-    let z: Vec<f64> = (0..sae.num_features())
-        .map(|f| (0..width).map(|d| x[d] * entry(&sae.encoder, f, d)).sum())
-        .collect();
+    let z: Vec<f64> =
+        (0..sae.num_features()).map(|f| (0..width).map(|d| x[d] * entry(&sae.encoder, f, d)).sum()).collect();
     let h: Vec<f64> = z
         .iter()
         .enumerate()

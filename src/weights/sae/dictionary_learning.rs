@@ -7,7 +7,7 @@ use std::path::Path;
 use super::config::Config;
 use super::format::CONFIG;
 use super::tensors::{Tensors, narrow, norms};
-use super::{About, Sae, layers, named_in};
+use super::{About, Sae, layers, named_in, transcoder};
 use crate::error::{Error, Result};
 use crate::model::sae::{InputNorm, SaeActivation, SaeWeights};
 
@@ -47,6 +47,13 @@ pub(super) fn open(file: &Path) -> Result<Sae> {
         }
         None => Config::none(&folder.join(CONFIG)),
     };
+    let io = config.told("buffer.io").unwrap_or_else(|| "out".to_owned());
+    if io == "in_and_out" {
+        return Err(transcoder(
+            file,
+            "it was trained from a module's input to its output (buffer.io: in_and_out)",
+        ));
+    }
     // A training backup keeps the state dict beside those of the optimiser.
     let tensors = Tensors::torch(file, &["ae."])?;
     let class = class(&config, &tensors)?;
@@ -62,6 +69,11 @@ pub(super) fn open(file: &Path) -> Result<Sae> {
     if let Some((folder, layer)) = named_in(folder) {
         about.layer = about.layer.or(about.hook.as_deref().and_then(layers::number)).or(Some(layer));
         about.hook = about.hook.or(Some(folder));
+    }
+    if io == "in" {
+        about
+            .notes
+            .push("config.json says that it was trained on the input of its module (buffer.io: in).".into());
     }
     let weights = read(class, &config, &tensors, &mut about)?;
     Ok(Sae { weights, about })

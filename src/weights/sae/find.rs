@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::format::{CONFIG, Format, names};
-use super::layers;
+use super::{layers, named_in};
 use crate::error::{Error, Result};
 use crate::units::natural;
 
@@ -22,7 +22,7 @@ pub struct Found {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
-    /// The layer that its path below the root names.
+    /// The layer that its path below the root names, or the root's, where it is the root itself.
     pub layer: Option<usize>,
     /// Its path below the root with `{layer}` for the layer's number: SAEs of one kind for all layers have one label.
     pub label: String,
@@ -64,7 +64,11 @@ pub fn enumerate(root: &Path) -> Result<Vec<Found>> {
             Err(_) => continue,
         };
         if let Some(format) = Format::of(&names.iter().map(String::as_str).collect()) {
-            found.push(Found::new(folder, &below, format));
+            let mut one = Found::new(folder, &below, format);
+            // The root itself: only folders above can name the layer.
+            one.layer =
+                one.layer.or_else(|| named_in(root).filter(|_| below.is_empty()).map(|(_, layer)| layer));
+            found.push(one);
             continue;
         }
         if depth == MAX_DEPTH {

@@ -131,11 +131,12 @@ pub(super) fn refuse_later(folder: &Path) -> Error {
         _ => {
             let activation = config.ok().and_then(|config| config.told("act_fn"));
             let activation = activation.map_or(String::new(), |name| format!(", here with {name}"));
-            refused(folder, format_args!("llamascopium's files are not read yet{activation}"))
-                .expected(
-                    "Llama Scope's hyperparams.json and checkpoints/final.safetensors, or another format",
-                )
-                .hint("convert it with SAELens, or use the release of 2024")
+            refused(
+                folder,
+                format_args!("it is of Llama Scope R1 or llamascopium, whose files are not read{activation}"),
+            )
+            .expected("Llama Scope's hyperparams.json and checkpoints/final.safetensors, or another format")
+            .hint("convert it with SAELens, or use the release of 2024")
         }
     }
 }

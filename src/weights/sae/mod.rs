@@ -96,7 +96,7 @@ pub struct About {
 /// (transcoders); files are missing or damaged; shapes do not fit; a vector is not finite.
 pub fn open(path: &Path, options: &SaeOptions) -> Result<Sae> {
     let (format, folder, file) = format::locate(path)?;
-    match format {
+    let mut sae = match format {
         Format::DictionaryLearning => dictionary_learning::open(&file),
         Format::Sparsify => sparsify::open(&folder),
         Format::SaeLens => saelens::open(&folder, options),
@@ -109,8 +109,21 @@ pub fn open(path: &Path, options: &SaeOptions) -> Result<Sae> {
                 .hint("features are taken to be positive here; use an SAE of another family"))
         }
         Format::CircuitTracer => Err(transcoder(&folder, "circuit-tracer's files are transcoders")),
+    }?;
+    // What the user said must not be dropped in silence.
+    if options.norm_scale.is_some() && format != Format::SaeLens {
+        sae.about.notes.push(UNUSED_SCALE.to_owned());
     }
+    if options.llamascope_convention != LlamaScopeConvention::Native && format != Format::LlamaScope {
+        sae.about
+            .notes
+            .push("--llamascope_convention changes nothing: this SAE is not of Llama Scope.".to_owned());
+    }
+    Ok(sae)
 }
+
+/// For SAEs that say how their input is scaled, or that it is not.
+const UNUSED_SCALE: &str = "--sae_norm_scale changes nothing: this SAE does not ask for a scale.";
 
 /// The error for an SAE that was recognised but cannot be used, and why.
 fn refused(place: &Path, why: impl std::fmt::Display) -> Error {

@@ -6,7 +6,7 @@ use super::config::Config;
 use super::dictionary_learning::check_k;
 use super::format::{CFG, SAE_WEIGHTS};
 use super::tensors::{Tensors, narrow, norms};
-use super::{About, Sae, SaeOptions, layers, named_in, refused, transcoder};
+use super::{About, Sae, SaeOptions, UNUSED_SCALE, layers, named_in, refused, transcoder};
 use crate::error::{Error, Result};
 use crate::model::sae::{InputNorm, SaeActivation, SaeWeights};
 
@@ -92,8 +92,12 @@ fn architecture(folder: &Path, config: &Config) -> Result<(Architecture, String)
     Ok((architecture, name.to_owned()))
 }
 
-/// What is done to the input, and the factor s of x that is folded into the weights.
-fn normalisation(config: &Config, options: &SaeOptions) -> Result<(InputNorm, f64)> {
+/// What is done to the input, and the factor s of x that is to be folded into the weights, where there is one.
+fn normalisation(
+    config: &Config,
+    options: &SaeOptions,
+    about: &mut About,
+) -> Result<(InputNorm, Option<f64>)> {
     let key = "normalize_activations";
     let name = match config.is_bool(key) {
         // Versions before 6 had a switch.
@@ -102,12 +106,19 @@ fn normalisation(config: &Config, options: &SaeOptions) -> Result<(InputNorm, f6
         false => config.str(key)?.unwrap_or("none"),
     };
     match name {
-        // A whitening was folded into the weights when they were saved.
-        "none" | "covariance_whitening" => Ok((InputNorm::None, 1.0)),
-        "constant_norm_rescale" => Ok((InputNorm::RescaleToSqrtD, 1.0)),
-        "layer_norm" => Ok((InputNorm::LayerNorm, 1.0)),
+        "none" => Ok((InputNorm::None, None)),
+        "covariance_whitening" => {
+            about.notes.push(
+                "cfg.json says covariance_whitening, which SAELens folds into the weights that it saves: this is taken to \
+                 have happened."
+                    .to_owned(),
+            );
+            Ok((InputNorm::None, None))
+        }
+        "constant_norm_rescale" => Ok((InputNorm::RescaleToSqrtD, None)),
+        "layer_norm" => Ok((InputNorm::LayerNorm, None)),
         "expected_average_only_in" => match options.norm_scale {
-            Some(scale) if scale > 0.0 && scale.is_finite() => Ok((InputNorm::None, scale)),
+            Some(scale) if scale > 0.0 && scale.is_finite() => Ok((InputNorm::None, Some(scale))),
             Some(scale) => Err(Error::usage("--sae_norm_scale is impossible")
                 .expected("a number above 0")
                 .found(scale)),
@@ -134,7 +145,8 @@ fn read(
     options: &SaeOptions,
     about: &mut About,
 ) -> Result<SaeWeights> {
-    let (norm, s) = normalisation(config, options)?;
+    let (norm, given) = normalisation(config, options, about)?;
+    let s = given.unwrap_or(1.0);
     let (encoder, decoder) = tensors.matrices(("W_enc", false), ("W_dec", true))?;
     let (features, width) = (encoder.num_features(), encoder.width());
     refuse_factor(tensors, features)?;
@@ -180,8 +192,10 @@ fn read(
             SaeActivation::TopK { k }
         }
     };
-    if s != 1.0 {
-        about.convention = Some(format!("inputs scaled by {s}"));
+    match (given, options.norm_scale) {
+        (Some(s), _) => about.convention = Some(format!("inputs scaled by {s}")),
+        (None, Some(_)) => about.notes.push(UNUSED_SCALE.to_owned()),
+        (None, None) => {}
     }
     let scales = |values: Vec<f64>| (values.iter().any(|value| *value != 1.0)).then(|| narrow(values));
     let decoder_bias = narrow(decoder_bias);
