@@ -2,6 +2,7 @@
 """Times gradlens against a peer, taking turns, and prints a Markdown table of medians.
 
     python compare.py --model_name FOLDER [--gradlens target/release/gradlens] [--rounds 5] [--peer hf_one_pass.py]
+    python compare.py --model_name FOLDER --peer sae_one_pass.py --layers 11,23    # `gradlens sae`; make_saes.py first
 
 Each round starts, for values and then gradients, the peer and our program as fresh processes; every other round
 the order of the two is turned. Compute only: the peer's own clock after a warm-up repeat, and `overall.compute` of our
@@ -21,7 +22,7 @@ REPOSITORY = HERE.parent.parent
 def run_peer(args, mode, save):
     command = [args.python, str(HERE / args.peer), "--model_name", args.model_name, "--dataset", args.dataset, "--mode", mode,
                "--samples", str(args.samples), "--max_length", str(args.max_length), "--batch_size", str(args.batch_size),
-               "--threads", str(args.threads), "--repeat", "1", "--warmup", "1", "--save", str(save), *args.peer_args.split()]
+               "--threads", str(args.threads), "--repeat", "1", "--warmup", "1", "--save", str(save), *sae_flags(args), *args.peer_args.split()]
     # Transparent huge pages and no return of freed heap: without them the peer spends its time in page faults.
     env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     if args.peer_malloc == "tuned":
@@ -32,10 +33,14 @@ def run_peer(args, mode, save):
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
+def sae_flags(args):
+    return ["--sae", args.sae, "--layers", args.layers] if args.sae else []
+
+
 def run_ours(args, mode, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    command = [args.gradlens, "layer", "--model_name", args.model_name, "--dataset", args.dataset, "--num_samples", str(args.samples),
+    command = [args.gradlens, "sae" if args.sae else "layer", *sae_flags(args), "--model_name", args.model_name, "--dataset", args.dataset, "--num_samples", str(args.samples),
                "--max_length", str(args.max_length), "--min_chars", "0", "--aggregate_by", mode, "--aggregation_mode", "both",
                "--normalize_gradients", "none", "--save_outputs", "--output_dir", str(folder), "--threads", str(args.threads),
                "--dtype", args.dtype, "--device", args.device]
@@ -90,7 +95,9 @@ def main():
     p.add_argument("--model_name", required=True)
     p.add_argument("--dataset", help="default: corpus.jsonl in the checkpoint folder")
     p.add_argument("--gradlens", default=str(REPOSITORY / "target" / "release" / "gradlens"))
-    p.add_argument("--peer", default="hf_one_pass.py", choices=["hf_one_pass.py", "scripts_algorithm.py"])
+    p.add_argument("--peer", default="hf_one_pass.py", choices=["hf_one_pass.py", "scripts_algorithm.py", "sae_one_pass.py"])
+    p.add_argument("--sae", help="folder of a layer's SAE, with {layer}; default with sae_one_pass.py: as make_saes.py lays them out")
+    p.add_argument("--layers", default="11,23", help="layers with SAEs")
     p.add_argument("--peer_args", default="", help='passed on to the peer, e.g. "--loss_rows 128"')
     p.add_argument("--peer_malloc", choices=["tuned", "plain"], default="tuned")
     p.add_argument("--gradlens_args", default="", help="passed on to gradlens")
@@ -106,6 +113,10 @@ def main():
     p.add_argument("--work", type=Path, help="keep outputs and raw figures in this folder")
     args = p.parse_args()
     args.dataset = args.dataset or str(Path(args.model_name) / "corpus.jsonl")
+    if args.peer == "sae_one_pass.py":
+        args.sae = args.sae or f"{args.model_name}/mlp_out_layer_{{layer}}/trainer_0"
+    elif args.sae:
+        p.error("--sae is for --peer sae_one_pass.py")
     if not Path(args.gradlens).is_file():
         sys.exit(f"no program at {args.gradlens}: build it (cargo build --release) or name it with --gradlens")
     work = args.work or Path(tempfile.mkdtemp(prefix="gradlens_peers_"))
@@ -125,7 +136,8 @@ def main():
             ours, peer = rows[mode][0][-1], rows[mode][1][-1]
             print(f"round {round_number + 1} {mode}: ours {ours['seconds']:.3f} s, peer {peer['seconds']:.3f} s", file=sys.stderr, flush=True)
 
-    print(f"{args.peer} {args.peer_args}".strip() + f"; {cpu_name()}, {args.threads} threads, {args.dtype}, "
+    subject = f"{args.peer} {args.peer_args}".strip() + (f", SAEs on layers {args.layers}" if args.sae else "")
+    print(f"{subject}; {cpu_name()}, {args.threads} threads, {args.dtype}, "
           f"{args.samples} × ≤{args.max_length} tokens, {args.rounds} rounds; median (min–max)\n")
     print("| mode | ours, s | peer, s | ratio ours/peer | ours, tokens/s | peer, tokens/s | ours, RssAnon GB | peer, RssAnon GB |")
     print("|---|---|---|---|---|---|---|---|")

@@ -144,7 +144,7 @@ fn missing_weights() {
     refuse(&dir, &["no weights that can be read", "pytorch_model.bin", "save_pretrained(folder)"]);
     let dir = Dir::with("mistral");
     fs::remove_file(dir.path("model/model-00002-of-00002.safetensors")).unwrap();
-    refuse(&dir, &["model-00002-of-00002.safetensors", "fetch the model again"]);
+    refuse(&dir, &["model-00002-of-00002.safetensors", "fetch the file again"]);
 }
 
 #[test]
