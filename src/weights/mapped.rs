@@ -52,7 +52,7 @@ fn map_file(file: &File) -> io::Result<Bytes> {
     Ok(Arc::new(map))
 }
 
-/// Where large temporary files belong (file-hierarchy(7)): `/tmp` may be memory.
+/// Where large temporary files belong (file-hierarchy(7)): the usual folder may be memory.
 const LARGE_TEMPORARY: &str = "/var/tmp";
 const CANNOT_KEEP: &str = "cannot keep weights in a temporary file";
 

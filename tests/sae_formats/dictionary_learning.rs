@@ -7,7 +7,7 @@ use gradlens::model::sae::{FeatureMatrix, SaeActivation};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::raw::{Raw, above, check, over, read, relu, says, scalar, times, top, vector};
+use crate::raw::{Raw, above, check, over, read, relu, says, scalar, scaled, times, top, vector};
 use crate::reference::entry;
 use crate::write::{Array, Item, Kind, put, put_json, tensors, torch};
 
@@ -215,6 +215,19 @@ fn checkpoints_and_backups() {
     ];
     let (_root, path) = folder("BatchTopKSAE", Some(5), &backup);
     check(&read(&path).unwrap(), expected);
+    // Biases of a backup are of activations that were divided by a factor; those of a finished SAE are not.
+    let with = |factor: f64| {
+        let mut backup = backup.clone();
+        backup.push(("norm_factor".to_owned(), Item::Float(factor)));
+        folder("BatchTopKSAE", Some(5), &backup)
+    };
+    let (_root, path) = with(1.5);
+    check(&read(&path).unwrap(), |x| {
+        let (f, y) = expected(&scaled(x, 1.0 / 1.5));
+        (scaled(&f, 1.5), scaled(&y, 1.5))
+    });
+    let (_root, path) = with(0.0);
+    says(read(&path), &["norm_factor of a training backup"]);
 }
 
 /// Rows, columns, gaps, another type: the numbers are the same, and nothing is copied that can stay where it lies.

@@ -171,6 +171,7 @@ pub fn zip_of(members: &[(String, Vec<u8>, bool)], large: bool) -> Vec<u8> {
 pub enum Item {
     Tensor(Array),
     Number(i64),
+    Float(f64),
     Dict(Vec<(String, Item)>),
 }
 
@@ -211,6 +212,10 @@ fn push_dict(out: &mut Vec<u8>, entries: &[(String, Item)], storages: &mut Vec<V
             Item::Number(number) => {
                 out.push(b'J');
                 out.extend((*number as i32).to_le_bytes());
+            }
+            Item::Float(number) => {
+                out.push(b'G');
+                out.extend(number.to_be_bytes());
             }
             Item::Tensor(array) => push_tensor(out, array, storages),
         }

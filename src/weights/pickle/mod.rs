@@ -78,8 +78,8 @@ fn refused(what: impl fmt::Display) -> Error {
         .expected("tensors, numbers, strings, lists and dicts")
         .found(what)
         .hint(
-            "a pickle can run any program, so nothing of this one was. If you trust its origin, keep its tensors alone, \
-             in Python: torch.save({k: v for k, v in state_dict.items()}, path)",
+            "a pickle can run any program, so nothing of this one was. If you trust its origin, save its tensors alone, \
+             in Python: torch.save(module.state_dict(), path)",
         )
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::config::Config;
 use super::format::CONFIG;
-use super::tensors::{Tensors, narrow, norms};
+use super::tensors::{Tensors, list, narrow, norms};
 use super::{About, Sae, layers, named_in, transcoder};
 use crate::error::{Error, Result};
 use crate::model::sae::{InputNorm, SaeActivation, SaeWeights};
@@ -94,15 +94,23 @@ fn class(config: &Config, tensors: &Tensors) -> Result<Class> {
         () if has("W_enc") => Class::JumpRelu,
         () if has("bias") => Class::AutoEncoder,
         () if has("decoder.bias") => Class::AutoEncoderNew,
-        () => {
+        () if has("encoder.weight") && has("b_dec") => {
             return Err(Error::new("the file of an SAE does not say its class")
                 .at_path(&config.path)
-                .expected("trainer.dict_class in config.json: AutoEncoderTopK and BatchTopKSAE have the same tensors")
+                .expected(
+                    "trainer.dict_class in config.json: AutoEncoderTopK and BatchTopKSAE have the same tensors",
+                )
                 .found("no such key, or no such file")
                 .hint(
                     "fetch config.json, too, or write one: \
                      {\"trainer\": {\"dict_class\": \"BatchTopKSAE\"}}",
                 ));
+        }
+        () => {
+            return Err(Error::new("a file of PyTorch holds no SAE of a known class")
+                .at_path(&tensors.path)
+                .expected("the tensors of one of dictionary_learning's classes, or trainer.dict_class in config.json")
+                .found(list(&tensors.names())));
         }
     })
 }
@@ -125,8 +133,12 @@ fn read(class: Class, config: &Config, tensors: &Tensors, about: &mut About) -> 
         Class::Gated => "decoder_bias",
         _ => "b_dec",
     };
-    let mut encoder_bias = tensors.vector(bias, features)?;
-    let decoder_bias = narrow(tensors.vector(output_bias, width)?);
+    let s = backup_scale(tensors)?;
+    let scaled = |name: &str, len: usize| -> Result<Vec<f64>> {
+        Ok(tensors.vector(name, len)?.into_iter().map(|value| s * value).collect())
+    };
+    let mut encoder_bias = scaled(bias, features)?;
+    let decoder_bias = narrow(scaled(output_bias, width)?);
     let (mut encoder_scale, mut decoder_scale) = (None, None);
     let activation = match class {
         Class::AutoEncoder => {
@@ -143,18 +155,16 @@ fn read(class: Class, config: &Config, tensors: &Tensors, about: &mut About) -> 
         Class::Gated => {
             let magnitudes = tensors.vector("r_mag", features)?;
             encoder_scale = Some(narrow(magnitudes.into_iter().map(f64::exp).collect()));
-            SaeActivation::Gated { gate_bias: narrow(tensors.vector("gate_bias", features)?) }
+            SaeActivation::Gated { gate_bias: narrow(scaled("gate_bias", features)?) }
         }
-        Class::JumpRelu => {
-            SaeActivation::JumpRelu { threshold: narrow(tensors.vector("threshold", features)?) }
-        }
+        Class::JumpRelu => SaeActivation::JumpRelu { threshold: narrow(scaled("threshold", features)?) },
         Class::TopK => SaeActivation::TopK { k: top_k(config, tensors, features, about)? },
         Class::BatchTopK | Class::Matryoshka => {
             about.expected_l0 = k(config, tensors, about)?.map(|k| k as f64);
             if class == Class::Matryoshka {
                 check_groups(tensors, features)?;
             }
-            SaeActivation::JumpRelu { threshold: vec![threshold(tensors)? as f32; features] }
+            SaeActivation::JumpRelu { threshold: vec![(s * threshold(tensors)?) as f32; features] }
         }
     };
     // Neither of these subtracts the decoder's bias from its input.
@@ -170,6 +180,19 @@ fn read(class: Class, config: &Config, tensors: &Tensors, about: &mut About) -> 
         decoder_scale,
         decoder_bias,
     })
+}
+
+/// What biases and thresholds must be multiplied by. Trainers divide activations by their mean norm and multiply the
+/// biases by it when they save, but not in a backup, which has the factor beside the state dict.
+fn backup_scale(tensors: &Tensors) -> Result<f64> {
+    match tensors.beside("norm_factor") {
+        None => Ok(1.0),
+        Some(factor) if factor > 0.0 && factor.is_finite() => Ok(factor),
+        Some(factor) => Err(Error::new("norm_factor of a training backup is impossible")
+            .at_path(&tensors.path)
+            .expected("a number above 0")
+            .found(factor)),
+    }
 }
 
 /// 1/norm; a feature whose decoder row is zero never fires, and any factor serves.

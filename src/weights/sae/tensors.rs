@@ -104,15 +104,10 @@ impl Tensors {
     }
 
     fn missing(&self, name: &str) -> Error {
-        let names = self.names();
-        let mut there: Vec<String> = names.iter().take(NAMED).map(|name| cut(name)).collect();
-        if names.len() > there.len() {
-            there.push(format!("and {} more", names.len() - there.len()));
-        }
         Error::new("an SAE's file lacks a tensor")
             .at_path(&self.path)
             .expected(cut(name))
-            .found(if there.is_empty() { "no tensors".to_owned() } else { there.join(", ") })
+            .found(list(&self.names()))
             .hint("is it complete, and of the kind that its configuration says?")
     }
 
@@ -177,6 +172,14 @@ impl Tensors {
         }
     }
 
+    /// A number that lies beside the dict of the tensors, where that is one of several.
+    pub fn beside(&self, name: &str) -> Option<f64> {
+        match &self.source {
+            Source::Torch(file) if !self.prefix.is_empty() => file.numbers.get(name).copied(),
+            _ => None,
+        }
+    }
+
     /// A number: a tensor of one element, or a plain number of a pickle.
     pub fn number(&self, name: &str) -> Result<Option<f64>> {
         if let Source::Torch(file) = &self.source
@@ -190,6 +193,18 @@ impl Tensors {
             Some(shape) => Err(self.wrong(name, "one number", format!("{shape:?}"))),
         }
     }
+}
+
+/// The first few names, in a message.
+pub(super) fn list(names: &[&str]) -> String {
+    if names.is_empty() {
+        return "no tensors".to_owned();
+    }
+    let mut some: Vec<String> = names.iter().take(NAMED).map(|name| cut(name)).collect();
+    if names.len() > NAMED {
+        some.push(format!("and {} more", names.len() - NAMED));
+    }
+    some.join(", ")
 }
 
 /// float32s of what was computed in float64.
