@@ -31,7 +31,10 @@ fn job(command: &Command, log: &Log) -> Result<()> {
     let plan = match command {
         Command::Layer(args) => Plan::layer(args, timestamp, &fetcher)?,
         Command::Sae(args) => Plan::sae(args, timestamp, &fetcher)?,
-        Command::Demo(args) => Plan::demo(args, timestamp, &fetcher)?,
+        Command::Demo(args) => {
+            run::run(&Plan::demo(args, timestamp, &fetcher)?, &log.fresh(), &interrupt)?;
+            return run::run(&Plan::demo_sae(args, timestamp, &fetcher)?, &log.fresh(), &interrupt);
+        }
         Command::Fetch(args) => return preload(args, &fetcher),
         Command::Doctor(args) => return doctor(args, timestamp, &fetcher),
     };

@@ -109,6 +109,9 @@ pub(super) struct Stream<B: Backend> {
     pub saved: Vec<Option<State<B>>>,
 }
 
+/// A pass before its first layer.
+type Begun<B> = (PassRun<B>, <B as Backend>::Rope, Vec<Stream<B>>);
+
 impl<'a, B: Backend> Engine<'a, B> {
     /// An engine for the model of `spec`, whose tensors are in the order of `spec.weights`. Weights are loaded when a
     /// pass first needs them.
@@ -182,7 +185,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// Cuts a pass into chunks and brings each as far as the first layer.
-    pub(super) fn begin(&mut self, pass: &Pass) -> Result<(PassRun<B>, B::Rope, Vec<Stream<B>>)> {
+    pub(super) fn begin(&mut self, pass: &Pass) -> Result<Begun<B>> {
         let run = PassRun::new(pass, self.model.program.blocks.len());
         let chunks = cut(pass, &self.spec);
         let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);

@@ -26,7 +26,7 @@ pub use memory::Memory;
 pub use preload::preload;
 pub use saes::SaePlan;
 
-use crate::cli::{AggregateBy, DemoArgs, LayerArgs, ModelArgs, SaeArgs, TextArgs};
+use crate::cli::{DemoArgs, LayerArgs, SaeArgs};
 use crate::engine::{EngineSpec, LossReduction};
 use crate::error::{Error, Result};
 use crate::model::{Config, Dtype, Spec, Tensor, describe};
@@ -34,7 +34,7 @@ use crate::output::folder::{FolderName, layers_label};
 use crate::output::{OutputSpec, Target};
 use crate::source::{PassSpec, TextSpec, Texts, Tokens};
 use crate::stats::Quantity;
-use crate::transform::{AggregationMode, NormaliseMode, TransformSpec, power};
+use crate::transform::{NormaliseMode, TransformSpec, power};
 use checkpoint::ModelFiles;
 use corpus::Corpus;
 use machine::{GIB, free_memory, num_cores};
@@ -110,41 +110,16 @@ impl Plan {
         Self::resolve(&args.layer, Some(args), None, timestamp, fetcher)
     }
 
-    /// The plan of `gradlens demo`: gradients, and with them values, of the embedded model on its corpus.
+    /// The first plan of `gradlens demo`: gradients, and with them values, of the embedded model on its corpus.
     pub fn demo(args: &DemoArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
-        Self::resolve(&Self::demo_args(args), None, Some(demo::DEMO), timestamp, fetcher)
+        Self::resolve(&args.layer(), None, Some(demo::DEMO), timestamp, fetcher)
     }
 
-    fn demo_args(args: &DemoArgs) -> LayerArgs {
-        LayerArgs {
-            model: ModelArgs { model_name: demo::DEMO.name.into(), revision: "main".into() },
-            layers: None,
-            texts: TextArgs {
-                dataset: demo::DEMO.corpus_name.into(),
-                dataset_config: None,
-                dataset_split: None,
-                dataset_revision: None,
-                text_column: "text".into(),
-                min_chars: 50,
-                num_samples: args.num_samples,
-            },
-            max_length: 128,
-            aggregate_by: AggregateBy::Gradients,
-            aggregation_mode: AggregationMode::Both,
-            power: None,
-            normalize_gradients: Some(NormaliseMode::None),
-            normalize_mode: None,
-            loss_reduction: LossReduction::Sample,
-            batch_size: 4,
-            save_outputs: true,
-            output_dir: args.output_dir.clone(),
-            save_consolidated: None,
-            dry_run: false,
-            quiet: args.quiet,
-            machine: args.machine.clone(),
-            tokens_per_pass: None,
-            memory: None,
-        }
+    /// The second plan of `gradlens demo`: attribution, and with it activations and gradients, of the features of its
+    /// SAEs.
+    pub fn demo_sae(args: &DemoArgs, timestamp: PrimitiveDateTime, fetcher: &Fetcher) -> Result<Self> {
+        let sae = args.sae();
+        Self::resolve(&sae.layer, Some(&sae), Some(demo::DEMO), timestamp, fetcher)
     }
 
     fn resolve(
@@ -205,7 +180,11 @@ impl Plan {
         let spec = describe(&config);
         let mut layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
         let mut label = layers_label(args.layers.as_deref(), config.num_layers);
-        let sae = sae.map(|sae| SaePlan::resolve(sae, &config, fetcher)).transpose()?;
+        let sae = match (sae, embedded) {
+            (None, _) => None,
+            (Some(sae), Some(demo)) => Some(SaePlan::embedded(sae, demo, &config)?),
+            (Some(sae), None) => Some(SaePlan::resolve(sae, &config, fetcher)?),
+        };
         if let Some(sae) = &sae {
             layers.clone_from(&sae.layers);
             if args.layers.is_none() {

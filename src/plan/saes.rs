@@ -4,10 +4,11 @@ mod place;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::time::Instant;
 
 use super::fetch::Fetcher;
-use super::{Devices, layers, sites};
+use super::{Devices, Embedded, layers, sites};
 use crate::backend::cpu::Cpu;
 use crate::backend::{SaeBackend, SaeGradient};
 use crate::cli::{MachineArgs, SaeArgs, SaeSplice};
@@ -92,18 +93,37 @@ impl SaePlan {
             }
             saes.insert(layer, sae);
         }
-        Ok(Self {
+        let loading_s = started.elapsed().as_secs_f64();
+        Ok(Self { commit, loading_s, layers, saes, to_come, ..Self::of(args, name, site.unwrap_or("mlp")) })
+    }
+
+    /// The SAEs of the demo.
+    pub(super) fn embedded(args: &SaeArgs, demo: Embedded, model: &Config) -> Result<Self> {
+        let mut saes = BTreeMap::new();
+        for (layer, (weights, config)) in demo.saes.iter().enumerate() {
+            let file = format!("saes/mlp_out_layer_{layer}/trainer_0/ae.pt");
+            let sae = sae::from_bytes(Path::new(&file), weights, config.as_bytes())?;
+            check(&sae, layer, None, model)?;
+            saes.insert(layer, sae);
+        }
+        let layers = saes.keys().copied().collect();
+        Ok(Self { layers, saes, ..Self::of(args, "saes".into(), "mlp") })
+    }
+
+    /// What is asked of SAEs, without any.
+    fn of(args: &SaeArgs, name: String, site: &'static str) -> Self {
+        Self {
             name,
-            commit,
-            loading_s: started.elapsed().as_secs_f64(),
-            layers,
-            saes,
-            to_come,
-            site: site.unwrap_or("mlp"),
+            commit: None,
+            loading_s: 0.0,
+            layers: Vec::new(),
+            saes: BTreeMap::new(),
+            to_come: (0, 0),
+            site,
             gradient: args.sae_gradient,
             splice: args.sae_splice,
             position_stride: args.position_stride,
-        })
+        }
     }
 }
 

@@ -136,7 +136,7 @@ pub(super) fn show_examples(
 ) -> Result<()> {
     let Some(table) = tables.iter().find(|table| table.quantity == plan.quantity) else { return Ok(()) };
     let (rows, _) = report::on_one_screen(&table.rows);
-    let mut text = String::from("where the first of these features fire most\n");
+    let mut text = String::from("where the first of these features fire most\nlayer  feature       max\n");
     let mut lines = 0;
     for row in rows {
         let Some(LayerFeatures { sums, examples, .. }) = layers.get(&row.layer) else { continue };
@@ -149,7 +149,7 @@ pub(super) fn show_examples(
                     format!("{:>8}  {snippet}", significant(values.moments.max_abs[feature]))
                 }
             };
-            text += &format!("{:>5}  {feature:>8}  {what}\n", row.layer);
+            text += &format!("{:>5}  {feature:>7}  {what}\n", row.layer);
             lines += 1;
         }
     }

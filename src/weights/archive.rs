@@ -48,7 +48,11 @@ impl Archive {
     /// # Errors
     /// It is no zip archive, or a broken one; a member that is encrypted or lies outside.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = map(path)?;
+        Self::from_bytes(path, map(path)?)
+    }
+
+    /// Reads the directory of a file that is in memory; `path` is its name in errors.
+    pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
         let broken = |found: String| broken().at_path(path).found(found);
         let data = (*bytes).as_ref();
         if !data.starts_with(MAGIC) {

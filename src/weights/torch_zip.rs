@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::archive::Archive;
-use super::mapped::map;
+use super::mapped::{Bytes, map};
 use super::pickle::{Pickle, Tensor, Value};
 use super::safetensors::cut;
 use super::stored::{Element, Stored};
@@ -34,18 +34,20 @@ impl TorchFile {
     /// # Errors
     /// It is damaged, of an old kind, or asks for what is not allowed; a tensor outside its storage.
     pub fn open(path: &Path) -> Result<Self> {
-        {
-            let bytes = map(path)?;
-            let bytes = (*bytes).as_ref();
-            if bytes.starts_with(OLD) || (bytes.first() == Some(&0x80) && !bytes.starts_with(b"PK")) {
-                return Err(Error::new("a file of PyTorch is of an old kind that is not read")
-                    .at_path(path)
-                    .expected("the zip archive that PyTorch writes since version 1.6")
-                    .found("a bare pickle, of which nothing was run")
-                    .hint("save it again in Python: torch.save(torch.load(path, weights_only=True), path)"));
-            }
+        Self::from_bytes(path, map(path)?)
+    }
+
+    /// Opens a file that is in memory; `path` is its name in errors.
+    pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
+        let data = (*bytes).as_ref();
+        if data.starts_with(OLD) || (data.first() == Some(&0x80) && !data.starts_with(b"PK")) {
+            return Err(Error::new("a file of PyTorch is of an old kind that is not read")
+                .at_path(path)
+                .expected("the zip archive that PyTorch writes since version 1.6")
+                .found("a bare pickle, of which nothing was run")
+                .hint("save it again in Python: torch.save(torch.load(path, weights_only=True), path)"));
         }
-        let archive = Archive::open(path)?;
+        let archive = Archive::from_bytes(path, bytes)?;
         Self::from_archive(&archive).map_err(|error| error.at_path(path))
     }
 

@@ -44,7 +44,12 @@ impl Config {
             .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut text))
             .context_path(what, path)?;
         refuse_pointer(&text, "JSON").map_err(|error| error.at_path(path))?;
-        let map = serde_json::from_slice(&text)
+        Self::from_bytes(path, &text)
+    }
+
+    /// Reads a file that is in memory; `path` is its name in errors.
+    pub fn from_bytes(path: &Path, text: &[u8]) -> Result<Self> {
+        let map = serde_json::from_slice(text)
             .context_path("an SAE's configuration is not what it should be", path)
             .map_err(|error| {
                 error.expected("a JSON object").hint("the download may be incomplete: fetch it again")

@@ -10,6 +10,7 @@ use super::tensors::{Tensors, list, narrow, norms};
 use super::{About, Sae, layers, named_in, transcoder};
 use crate::error::{Error, Result};
 use crate::model::sae::{InputNorm, SaeActivation, SaeWeights};
+use crate::weights::mapped::Bytes;
 
 /// The classes that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,8 @@ const CLASSES: [(&str, Class); 7] = [
     ("JumpReluAutoEncoder", Class::JumpRelu),
 ];
 
+/// Where a training backup has the state dict.
+const BACKUP: &str = "ae.";
 /// Decoder norms so close to 1 are left alone, as `torch.allclose` has it.
 const CLOSE: f64 = 1e-5 + 1e-8;
 
@@ -47,6 +50,18 @@ pub(super) fn open(file: &Path) -> Result<Sae> {
         }
         None => Config::none(&folder.join(CONFIG)),
     };
+    // A training backup keeps the state dict beside those of the optimiser.
+    sae(file, &config, || Tensors::torch(file, &[BACKUP]))
+}
+
+/// The same of files that are in memory; `file` is the name of the one with the weights.
+pub(super) fn from_bytes(file: &Path, weights: Bytes, config: &[u8]) -> Result<Sae> {
+    let config = Config::from_bytes(&file.with_file_name(CONFIG), config)?;
+    sae(file, &config, || Tensors::torch_bytes(file, weights, &[BACKUP]))
+}
+
+fn sae(file: &Path, config: &Config, tensors: impl FnOnce() -> Result<Tensors>) -> Result<Sae> {
+    let folder = file.parent().unwrap_or(Path::new(""));
     let io = config.told("buffer.io").unwrap_or_else(|| "out".to_owned());
     if io == "in_and_out" {
         return Err(transcoder(
@@ -54,9 +69,8 @@ pub(super) fn open(file: &Path) -> Result<Sae> {
             "it was trained from a module's input to its output (buffer.io: in_and_out)",
         ));
     }
-    // A training backup keeps the state dict beside those of the optimiser.
-    let tensors = Tensors::torch(file, &["ae."])?;
-    let class = class(&config, &tensors)?;
+    let tensors = tensors()?;
+    let class = class(config, &tensors)?;
     let name = CLASSES.iter().find(|(_, other)| *other == class).map_or("", |(name, _)| name);
     let mut about = About {
         family: format!("dictionary_learning {name}"),
@@ -75,7 +89,7 @@ pub(super) fn open(file: &Path) -> Result<Sae> {
             .notes
             .push("config.json says that it was trained on the input of its module (buffer.io: in).".into());
     }
-    let weights = read(class, &config, &tensors, &mut about)?;
+    let weights = read(class, config, &tensors, &mut about)?;
     Ok(Sae { weights, about })
 }
 

@@ -5,6 +5,7 @@
 //! while an [`Sae`] of them lives.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::ValueEnum;
 
@@ -124,6 +125,15 @@ pub fn open(path: &Path, options: &SaeOptions) -> Result<Sae> {
 
 /// For SAEs that say how their input is scaled, or that it is not.
 const UNUSED_SCALE: &str = "--sae_norm_scale changes nothing: this SAE does not ask for a scale.";
+
+/// Reads an SAE of dictionary_learning that is in memory: `ae.pt` and `config.json`. `file` stands for the former in
+/// errors and in [`About`].
+///
+/// # Errors
+/// As [`open`].
+pub fn from_bytes(file: &Path, weights: &'static [u8], config: &[u8]) -> Result<Sae> {
+    dictionary_learning::from_bytes(file, Arc::new(weights), config)
+}
 
 /// The error for an SAE that was recognised but cannot be used, and why.
 fn refused(place: &Path, why: impl std::fmt::Display) -> Error {

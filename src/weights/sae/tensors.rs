@@ -7,6 +7,7 @@ use ::safetensors::tensor::Dtype;
 use crate::error::{Error, Result};
 use crate::model::Dtype as Kind;
 use crate::model::sae::FeatureMatrix;
+use crate::weights::mapped::Bytes;
 use crate::weights::npz::NpzFile;
 use crate::weights::safetensors::{Shard, cut};
 use crate::weights::stored::{Element, Stored};
@@ -37,10 +38,18 @@ impl Tensors {
 
     /// A file that `torch.save` wrote; `nested` are the names of dicts that the state dict may lie in.
     pub fn torch(path: &Path, nested: &[&'static str]) -> Result<Self> {
-        let file = TorchFile::open(path)?;
+        Ok(Self::of_torch(path, TorchFile::open(path)?, nested))
+    }
+
+    /// The same of a file that is in memory; `path` is its name in errors.
+    pub fn torch_bytes(path: &Path, bytes: Bytes, nested: &[&'static str]) -> Result<Self> {
+        Ok(Self::of_torch(path, TorchFile::from_bytes(path, bytes)?, nested))
+    }
+
+    fn of_torch(path: &Path, file: TorchFile, nested: &[&'static str]) -> Self {
         let holds = |prefix: &str| file.names().any(|name| name.starts_with(prefix));
         let prefix = nested.iter().copied().find(|prefix| holds(prefix)).unwrap_or_default();
-        Ok(Self { path: path.to_owned(), source: Source::Torch(file), prefix })
+        Self { path: path.to_owned(), source: Source::Torch(file), prefix }
     }
 
     /// An `.npz` file.
