@@ -30,7 +30,7 @@ pub enum Command {
     Layer(Box<LayerArgs>),
     /// The same for the features of sparse autoencoders (SAEs)
     Sae(Box<SaeArgs>),
-    /// Download what `layer` with the same flags reads, for machines without a network
+    /// Download what `layer` or `sae` with the same flags reads, for machines without a network
     Fetch(Box<FetchArgs>),
     /// Devices, libraries, folders, the hub: what is there, and whether `layer` with the same flags could run
     Doctor(Box<LayerArgs>),
@@ -284,6 +284,10 @@ pub struct FetchArgs {
     /// SAEs on the hub: an id, or id/folder for a part of it, where `{layer}` stands for every layer's number
     #[arg(long, value_name = "ID", help_heading = "SAEs")]
     pub sae: Option<String>,
+
+    /// Branch, tag or commit hash of the SAEs
+    #[arg(long, default_value = "main", value_name = "REVISION", help_heading = "SAEs")]
+    pub sae_revision: String,
 }
 
 /// `gradlens demo`. Its model is so small that compiling kernels for a CUDA device takes longer than the CPU does.

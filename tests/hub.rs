@@ -6,7 +6,7 @@
 //! * `faults`: servers that fail, connections that end, content that is wrong
 //! * `refusals`: what the hub does not have or does not give, and repositories that mean harm
 //! * `offline`: the cache without the hub, and `gradlens fetch`
-//! * `sae`: `gradlens fetch --sae`
+//! * `sae`: SAEs on the hub
 //! * `tls`: encrypted connections, and whom they trust
 //! * `token`: who gets to see it
 //! * `python`: the cache is the same for huggingface_hub

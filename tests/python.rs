@@ -14,6 +14,7 @@ use dir::{Dir, LAYER, Run};
 mod dir;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/python/layer_gradient_analysis.py");
+const SAE_SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/python/sae_gradient_analysis.py");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_gradlens");
 /// The flags of a run on the golden, after the command.
 const FLAGS: &str = "--model_name model --dataset model/corpus.jsonl --save_outputs --output_dir results";
@@ -58,6 +59,34 @@ fn the_script_runs_the_program_with_its_flags() {
         assert_eq!(read("results", &name), read("direct", &name));
     }
     assert!(!dir.made("results").join("layer_1_mean_abs_norm_sum_gradients.npy").exists());
+}
+
+#[test]
+fn the_script_for_saes_runs_the_other_command() {
+    let dir = Dir::with("qwen2");
+    let saes = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/goldens/sae/dl_batchtopk/mlp_out_layer_{layer}/trainer_0"
+    );
+    let more = ["--sae", saes, "--layers", "3"];
+    // Not isolated: it takes what it shares with the other file from beside itself.
+    let Some(python) = python() else { return };
+    let mut command = dir.command(python);
+    command.arg(SAE_SCRIPT).args(FLAGS.split_whitespace()).args(more);
+    command.env("GRADLENS_BIN", PROGRAM).env("PYTHONDONTWRITEBYTECODE", "1");
+    let run = dir.finish(&mut command);
+    run.check(run.code == Some(0), "must succeed");
+    let folder = dir.made_sae("results");
+    let code = "
+import sae_gradient_analysis
+assert sae_gradient_analysis.load_results is load_results
+array = results['data']['layer_3_mean_abs']
+assert array.shape == (100,) and array.dtype == 'float32', array
+assert results['metadata']['dimension_sizes'] == {3: 100}
+assert results['metadata']['sae']['layers']['layer_3']['features'] == 100
+";
+    let Some(run) = load(&dir, &folder, code) else { return };
+    run.check(run.code == Some(0), "must load");
 }
 
 #[test]

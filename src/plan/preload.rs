@@ -23,7 +23,7 @@ pub fn preload(args: &FetchArgs, fetcher: &Fetcher) -> Result<()> {
     let model = ModelFiles::find(&layer.model, fetcher)?;
     model.config()?;
     let corpus = Corpus::find(&layer.texts, fetcher)?;
-    let saes = args.sae.as_deref().map(|sae| Saes::find(sae, fetcher)).transpose()?;
+    let saes = args.sae.as_deref().map(|sae| Saes::find(sae, &args.sae_revision, fetcher)).transpose()?;
     model.check_weights()?;
 
     let texts = TextSpec {
@@ -104,7 +104,7 @@ struct Saes {
 
 impl Saes {
     /// `owner/name`, or `owner/name/folder`, where `{layer}` stands for any number.
-    fn find(sae: &str, fetcher: &Fetcher) -> Result<Self> {
+    fn find(sae: &str, revision: &str, fetcher: &Fetcher) -> Result<Self> {
         let Some((id, folder)) = hub_parts(sae).filter(|_| !Path::new(sae).exists()) else {
             return Err(Error::usage("the SAEs are not on the hub")
                 .at(format!("--sae {sae}"))
@@ -112,7 +112,7 @@ impl Saes {
                 .found(if Path::new(sae).exists() { "a path on this machine" } else { "no id" })
                 .hint("files on this machine need no fetching: leave --sae out"));
         };
-        let repo = fetcher.open(RepoKind::Model, &id, "main")?;
+        let repo = fetcher.open(RepoKind::Model, &id, revision)?;
         let has_ending =
             |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending));
         let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));

@@ -30,7 +30,8 @@ pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
     let item = if plan.sae.is_some() { "feature" } else { "dimension" };
     for Table { quantity, title, rows } in tables {
         let full = report::table(title, item, rows);
-        if *quantity != plan.quantity && !plan.is_demo() {
+        // The demo shows both tables of dimensions, and has more to say of features.
+        if *quantity != plan.quantity && (!plan.is_demo() || plan.sae.is_some()) {
             log.keep(&full);
             continue;
         }

@@ -16,7 +16,7 @@ use crate::stats::{Example, LayerFeatures};
 use crate::units::thousands;
 
 /// Features of each layer whose snippet is shown: by the demo, and by other runs.
-const SHOWN: [usize; 2] = [3, 1];
+const SHOWN: [usize; 2] = [2, 1];
 /// Characters of a snippet on the screen, before and after the token.
 const SNIPPET: [usize; 2] = [40, 20];
 

@@ -98,16 +98,24 @@ impl Dir {
         found
     }
 
-    /// The one folder that a run made in `parent`.
+    /// The one folder that a run over dimensions made in `parent`.
     #[track_caller]
     pub fn made(&self, parent: &str) -> PathBuf {
+        self.made_of("layer_activations_", parent)
+    }
+
+    /// The one folder that a run over SAE features made in `parent`.
+    #[track_caller]
+    pub fn made_sae(&self, parent: &str) -> PathBuf {
+        self.made_of("sae_features_", parent)
+    }
+
+    #[track_caller]
+    fn made_of(&self, kind: &str, parent: &str) -> PathBuf {
         let mut made: Vec<PathBuf> = fs::read_dir(self.path(parent))
             .unwrap()
             .map(|entry| entry.unwrap().path())
-            .filter(|path| {
-                let name = path.file_name().unwrap().to_string_lossy().into_owned();
-                name.starts_with("layer_activations_") || name.starts_with("sae_features_")
-            })
+            .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(kind))
             .collect();
         assert_eq!(made.len(), 1, "one results folder in {made:?} {:#?}", self.listing());
         made.remove(0)

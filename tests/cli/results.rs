@@ -64,7 +64,9 @@ fn demo_writes_every_file() {
     check_name(&folder, "layer_activations_model_demo_num_samples_12_batch_size_4_layers_0to5");
     let arrays = stems(0..6, &["mean", "mean_abs"]);
     check_files(&folder, arrays.clone());
-    check_runtime_output(&run, &folder);
+    // The second part, over SAE features.
+    let features = dir.made_sae("gradlens_demo");
+    check_name(&features, "sae_features_model_demo_num_samples_12_batch_size_4_layers_0to5");
 
     // Every array is in the archive too, and is what the raw sums say.
     let mut archive = Npz::open(&folder.join("consolidated_results.npz"));

@@ -74,7 +74,7 @@ fn every_format_is_found_and_read() {
                 flags.join(" ")
             );
             dir.ok(&args);
-            let folder = dir.made(output);
+            let folder = dir.made_sae(output);
             let metadata = files::json(&folder.join("metadata.json"));
             assert_eq!(metadata["run_info"]["site"], about["site"], "{case}");
             let mut archive = Npz::open(&folder.join("consolidated_results.npz"));
@@ -94,7 +94,7 @@ fn a_run_writes_every_file() {
     let dir = with("dl_batchtopk");
     let flags = "--aggregate_by attribution --aggregation_mode both --normalize_gradients none";
     let run = dir.ok(&format!("{SAE} --sae {BATCH_TOPK} {flags} --save_outputs --output_dir out"));
-    let folder = dir.made("out");
+    let folder = dir.made_sae("out");
     let start = "sae_features_model_model_num_samples_500_batch_size_4_layers_1_3_";
     assert!(folder.file_name().unwrap().to_str().unwrap().starts_with(start), "{}", folder.display());
     let records = [
@@ -170,7 +170,7 @@ fn a_run_writes_every_file() {
 fn values_have_one_mean() {
     let dir = with("dl_batchtopk");
     dir.ok(&format!("{SAE} --sae {BATCH_TOPK} --aggregation_mode both --save_outputs --output_dir out"));
-    let folder = dir.made("out");
+    let folder = dir.made_sae("out");
     let mut archive = Npz::open(&folder.join("consolidated_results.npz"));
     assert_eq!(archive.f32("layer_1_mean"), archive.f32("layer_1_mean_abs"));
     assert_eq!(files::json(&folder.join("metadata.json"))["run_info"]["mean_equals_mean_abs"], true);
@@ -186,9 +186,9 @@ fn signed_means_alone() {
              --save_outputs --output_dir {output}"
         ));
     }
-    let of = |output: &str| npy_f32(&dir.made(output).join("layer_1_mean_gradients.npy"), 100);
+    let of = |output: &str| npy_f32(&dir.made_sae(output).join("layer_1_mean_gradients.npy"), 100);
     near(&of("alone"), &of("both").into_iter().map(f64::from).collect::<Vec<_>>());
-    let mut raw = Npz::open(&dir.made("alone").join("statistics.npz"));
+    let mut raw = Npz::open(&dir.made_sae("alone").join("statistics.npz"));
     assert_eq!(raw.keys()[..2], ["layer_1.mlp.gradients.count", "layer_1.mlp.gradients.sum"]);
 }
 
@@ -199,7 +199,7 @@ fn a_replaced_site_says_what_it_costs() {
         "--aggregate_by gradients --sae_splice replace --position_stride 4 --save_outputs --output_dir out";
     let run = dir.ok(&format!("{SAE} --sae {BATCH_TOPK} {flags}"));
     run.out("loss with x̂ in the place of x");
-    let sae = &files::json(&dir.made("out").join("metadata.json"))["run_info"]["sae"];
+    let sae = &files::json(&dir.made_sae("out").join("metadata.json"))["run_info"]["sae"];
     assert_eq!([&sae["splice"], &sae["position_stride"]], [&json!("replace"), &json!(4)]);
     let loss = sae["layers"]["layer_3"]["spliced_loss_nats_per_token"].as_f64().unwrap();
     assert!(loss > 1.0 && loss < 20.0, "{loss}");

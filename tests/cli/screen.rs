@@ -88,10 +88,17 @@ fn of_many_layers_some_are_shown() {
 #[test]
 fn the_demo_shows_both_tables() {
     let run = Dir::new().ok("demo --num_samples 8");
-    check_screen(&run);
+    // Dimensions, then SAE features: a screen each.
+    for (number, part) in run.stdout.split("texts   ").skip(1).enumerate() {
+        let lines = part.lines().count();
+        run.check(lines <= 50 && number < 2, &format!("one screen: {lines}"));
+        let wide = part.lines().find(|line| line.chars().count() > 100 && !line.contains("esults"));
+        run.check(wide.is_none(), &format!("no wider than a hundred columns: {wide:?}"));
+    }
     for quantity in ["values at mlp", GRADIENTS] {
         assert_eq!(rows(&run.stdout, quantity), (0..6).collect::<Vec<_>>());
     }
+    assert_eq!(rows(&run.stdout, "where the first of these features fire most").len(), 12);
 }
 
 /// A first token that the MLP answers with far more than all others: its embedding points where the MLP looks.

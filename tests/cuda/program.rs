@@ -34,7 +34,8 @@ fn succeeds(folder: &Path, arguments: &[&str]) -> String {
 /// The arrays of one direction and statistic, layer after layer.
 fn arrays(folder: &Path, stat: &str) -> Vec<f64> {
     let mut found = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let path = found.find(|path| path.is_dir()).unwrap().join("statistics.npz");
+    let of_dimensions = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("layer_");
+    let path = found.find(of_dimensions).unwrap().join("statistics.npz");
     let mut npz = NpzReader::new(fs::File::open(path).unwrap()).unwrap();
     let mut names: Vec<String> = npz.names().unwrap();
     names.retain(|name| name.trim_end_matches(".npy").ends_with(stat));

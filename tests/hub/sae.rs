@@ -1,5 +1,9 @@
-//! `gradlens fetch --sae`: which files of a repository of SAEs are fetched.
+//! SAEs on the hub: which files of a repository `gradlens fetch --sae` and `gradlens sae` fetch.
 
+use std::fs;
+use std::path::Path;
+
+use crate::files::numbers;
 use crate::repo::{Content, Kind, Repository};
 use crate::world::World;
 
@@ -45,6 +49,48 @@ fn a_layers_number_stands_for_all() {
     world.ok(&format!("fetch --sae {SAES}"));
     assert!(fetched(&world).contains(&"resid_3/ae.pt".to_owned()));
     assert!(!fetched(&world).iter().any(|path| path.ends_with(".md") || path.ends_with(".txt")));
+}
+
+/// A golden's SAEs of layers 1 and 3, and files that no run needs.
+fn golden() -> World {
+    let world = World::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sae/dl_batchtopk");
+    let mut files = vec![("README.md".to_owned(), Content::new("README.md", "about"))];
+    for layer in [1, 3] {
+        for name in ["ae.pt", "config.json"] {
+            let path = format!("mlp_out_layer_{layer}/trainer_0/{name}");
+            let bytes = fs::read(root.join(&path)).unwrap();
+            files.push((path.clone(), Content::new(&path, bytes)));
+        }
+        let path = format!("mlp_out_layer_{layer}/trainer_0/checkpoints/ae_0.pt");
+        files.push((path.clone(), Content::new(&path, "early")));
+    }
+    world.hub.add(Repository::new(Kind::Model, SAES, files.into_iter().collect()));
+    world
+}
+
+/// Only what the wanted layers need comes; a dry run leaves it there; without the network the cache is enough.
+#[test]
+fn a_run_fetches_the_saes_of_its_layers() {
+    let world = golden();
+    let run = format!("sae --num_samples 3 --sae {SAES}");
+    let plan = world.ok(&format!("{run} --dry_run"));
+    plan.out("SAEs         org/saes, commit ")
+        .out("4 files, ")
+        .out("to be downloaded")
+        .out("layers       2 of 4: 1,3");
+    assert_eq!(fetched(&world), [""; 0]);
+    world.ok(&format!("{run} --layers 3 --save_outputs --output_dir one"));
+    assert_eq!(fetched(&world), ["mlp_out_layer_3/trainer_0/ae.pt", "mlp_out_layer_3/trainer_0/config.json"]);
+    world.ok(&format!("{run}/mlp_out_layer_{{layer}}/trainer_0 --save_outputs --output_dir both"));
+    assert_eq!(fetched(&world).len(), 4);
+    let again = format!("{run} --save_outputs --output_dir again");
+    let offline = world.dir.run_where("HF_HUB_OFFLINE", "1", &again);
+    offline.check(offline.code == Some(0), "the cache has everything");
+    let arrays = |parent: &str| numbers(&world.dir.made_sae(parent));
+    assert_eq!(arrays("both"), arrays("again"));
+    world.fails(&format!("{run} --layers 0"), &["no SAE of layer 0", "SAEs of layers 1,3"]);
+    world.fails(&format!("sae --sae {SAES} --sae_revision other"), &[SAES, "other"]);
 }
 
 #[test]
