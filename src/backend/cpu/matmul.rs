@@ -198,7 +198,7 @@ pub(super) fn matmul<T: Element>(
 
 /// Longest chain of multiply-adds. The `gemm` crate cuts longer ones by the size of the first-level cache, so
 /// that two processors with the same instructions would round differently; up to here it cuts none.
-const MAX_DEPTH: usize = 512;
+pub(super) const MAX_DEPTH: usize = 512;
 
 /// Cuts `0..n` into the fewest ranges of at most `most`, equally long but for one element: a narrow last
 /// tile would take the `gemm` crate's paths for tiny products, which round differently.

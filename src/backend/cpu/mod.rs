@@ -59,6 +59,19 @@ pub struct Cpu<T> {
     tiles: Option<amx::Amx>,
 }
 
+/// A closure for [`Cpu::vectorised`]. Called as `FnMut`: as `FnOnce`, which `pulp` takes, it would be called through a
+/// function that the compiler may leave where it is.
+struct Inlined<F>(F);
+
+impl<R, F: FnMut() -> R> pulp::WithSimd for Inlined<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(mut self, _: S) -> R {
+        (self.0)()
+    }
+}
+
 /// The instruction sets of this processor that matter here, and whether its tile unit is used.
 pub fn features() -> Vec<&'static str> {
     let mut found = vec![std::env::consts::ARCH];
@@ -91,6 +104,12 @@ impl<T: Element> Cpu<T> {
     /// The same without the tile unit: every product by float multiply-adds.
     pub fn with_multiply_adds() -> Self {
         Self { pool: Arc::default(), simd: pulp::Arch::new(), tiles: None }
+    }
+
+    /// Runs a closure compiled for the instruction sets of this machine. It must be written `#[inline(always)] || …`, and
+    /// so must be what it calls: a function that is not inlined is compiled for the least machine.
+    fn vectorised<R>(&self, run: impl FnMut() -> R) -> R {
+        self.simd.dispatch(Inlined(run))
     }
 
     /// A buffer with unspecified contents.

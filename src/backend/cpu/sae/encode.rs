@@ -76,58 +76,117 @@ pub(super) fn scale_of<T: Element>(scale: Option<&[f32]>, tile: Range<usize>) ->
     }
 }
 
+/// Of a tile's features, as many as one in so many fire in a row with many. That is for each row to decide: a sum must
+/// not depend on the others. A product with all features takes as long as an eighth of them one by one.
+const MANY: usize = 8;
+
+/// One row of [`Codes`].
+pub(super) enum Code<'a, T> {
+    /// Feature, from the tile's start, and activation.
+    Few(&'a [(u32, T)]),
+    /// All activations. `[tile]`
+    Many(&'a [T]),
+}
+
+impl<T: Element> Code<'_, T> {
+    /// Features that are not zero.
+    pub fn fired(&self) -> usize {
+        match self {
+            Self::Few(entries) => entries.len(),
+            Self::Many(f) => f.iter().filter(|f| **f != T::zero()).count(),
+        }
+    }
+}
+
 /// The activations of a tile's features that are not zero, row by row.
 pub(super) struct Codes<T> {
+    /// Features in the tile.
+    features: usize,
+    /// Activations that are not zero.
+    fired: usize,
+    /// End of each row in `few`.
     ends: Vec<usize>,
-    /// Feature, from the tile's start, and activation.
-    entries: Vec<(u32, T)>,
+    few: Vec<(u32, T)>,
+    many_rows: Vec<usize>,
+    many: Vec<T>,
 }
 
 impl<T: Element> Codes<T> {
-    pub fn new() -> Self {
-        Self { ends: Vec::new(), entries: Vec::new() }
+    pub fn new(features: usize) -> Self {
+        let (ends, few, many_rows, many) = Default::default();
+        Self { features, fired: 0, ends, few, many_rows, many }
     }
 
     /// Adds rows of activations, `[rows, tile]`.
     #[inline(always)]
-    pub fn push_rows(&mut self, f: &[T], features: usize) {
-        for row in f.chunks_exact(features) {
-            for (first, values) in (0..).step_by(GROUP).zip(row.chunks(GROUP)) {
-                if values.iter().fold(false, |any, &f| any | (f != T::zero())) {
-                    let fired = (first..).zip(values).filter(|(_, f)| **f != T::zero());
-                    self.entries.extend(fired.map(|(feature, &f)| (feature, f)));
+    pub fn push_rows(&mut self, f: &[T]) {
+        let rows = f.len() / self.features;
+        for (index, row) in f.chunks_exact(self.features).enumerate() {
+            let fired = row.iter().map(|&f| u32::from(f != T::zero())).sum::<u32>() as usize;
+            self.fired += fired;
+            if fired * MANY > self.features {
+                // Where one has many, all may: no more than that is reserved.
+                self.many.reserve_exact((rows - index) * self.features);
+                self.many_rows.push(self.ends.len());
+                self.many.extend_from_slice(row);
+            } else if fired > 0 {
+                for (first, values) in (0..).step_by(GROUP).zip(row.chunks(GROUP)) {
+                    if values.iter().fold(false, |any, &f| any | (f != T::zero())) {
+                        let fired = (first..).zip(values).filter(|(_, f)| **f != T::zero());
+                        self.few.extend(fired.map(|(feature, &f)| (feature, f)));
+                    }
                 }
             }
-            self.ends.push(self.entries.len());
+            self.ends.push(self.few.len());
         }
     }
 
     /// The part of each token's features, sorted by number, that lies in a tile.
     pub fn of_tile(tokens: &[Vec<(u32, T)>], tile: Range<usize>) -> Self {
-        let mut codes = Self::new();
+        let mut codes = Self::new(tile.len());
         for features in tokens {
             let from = features.partition_point(|(feature, _)| (*feature as usize) < tile.start);
             let inside = features[from..].iter().take_while(|(feature, _)| (*feature as usize) < tile.end);
-            codes.entries.extend(inside.map(|(feature, f)| (feature - tile.start as u32, *f)));
-            codes.ends.push(codes.entries.len());
+            codes.few.extend(inside.map(|(feature, f)| (feature - tile.start as u32, *f)));
+            codes.ends.push(codes.few.len());
         }
+        codes.fired = codes.few.len();
         codes
     }
 
-    /// The entries of each row.
-    pub fn rows(&self) -> impl Iterator<Item = &[(u32, T)]> {
+    /// The rows in order.
+    pub fn rows(&self) -> impl Iterator<Item = Code<'_, T>> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, &end)| &self.entries[start..end])
+        let mut many = self.many_rows.iter().zip(self.many.chunks_exact(self.features)).peekable();
+        starts.zip(&self.ends).enumerate().map(move |(row, (start, &end))| {
+            match many.next_if(|(many_row, _)| **many_row == row) {
+                Some((_, f)) => Code::Many(f),
+                None => Code::Few(&self.few[start..end]),
+            }
+        })
     }
 
     /// Multiplies each activation by its feature's factor.
     pub fn scale(&mut self, scale: &[T]) {
-        self.entries.iter_mut().for_each(|(feature, f)| *f = *f * scale[*feature as usize]);
+        self.few.iter_mut().for_each(|(feature, f)| *f = *f * scale[*feature as usize]);
+        for row in self.many.chunks_exact_mut(self.features) {
+            row.iter_mut().zip(scale).for_each(|(f, &scale)| *f = *f * scale);
+        }
     }
 
-    /// Entries of all rows.
-    pub fn len(&self) -> usize {
-        self.entries.len()
+    /// Activations that are not zero.
+    pub fn fired(&self) -> usize {
+        self.fired
+    }
+
+    /// Numbers of the rows with many.
+    pub fn many_rows(&self) -> &[usize] {
+        &self.many_rows
+    }
+
+    /// All activations of these rows. `[many_rows, tile]`
+    pub fn many(&self) -> &[T] {
+        &self.many
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A task multiplies all tokens with the features of one tile, block by block, and adds each block up while it is in
 //! the cache: no more than that block of the `[N, F]` matrix exists. Where few activations are not zero, what is
-//! computed for each of them ([`encode::Codes`]) is one row of W_dec: gradients and reconstructions cost nothing beside
+//! computed for each of them ([`encode::Codes`]) is one row of W_dec: gradients and reconstructions cost little beside
 //! the encoder.
 
 mod encode;
@@ -16,14 +16,15 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::product::Left;
+use super::matmul::{Mat, MatMut, matmul};
+use super::product::{Left, MIN_ROWS};
 use super::{Buf, Cpu, Element};
 use crate::backend::{
     FeatureSums, FeatureValues, Fit, Moments, NonFinite, Positions, SaeBackend, SaeGradient,
 };
 use crate::error::Result;
 use crate::model::sae::{SaeActivation, SaeWeights};
-use encode::{Codes, Constants, scale_of};
+use encode::{Code, Codes, Constants, scale_of};
 use select::Contest;
 use sums::{TileMoments, TileValues, finish_values, first};
 use tokens::Chosen;
@@ -61,7 +62,10 @@ impl<T: Element> Cpu<T> {
             let scale = scale_of::<T>(sae.decoder_scale.as_deref(), tile.clone());
             let mut bad = None;
             self.sae_products(&sae.decoder, left, count, tile, |rows, products| {
-                let found = self.simd.dispatch(|| sums.add_rows(products, &scale));
+                let found = self.vectorised(
+                    #[inline(always)]
+                    || sums.add_rows(products, &scale),
+                );
                 bad = first(bad, found.map(|row| rows.start + row));
             });
             bad
@@ -79,7 +83,7 @@ impl<T: Element> Cpu<T> {
         tile: Range<usize>,
         mut sums: Firing<'_>,
     ) -> Option<usize> {
-        let mut codes = gradients.map(|_| Codes::new());
+        let mut codes = gradients.map(|_| Codes::new(tile.len()));
         let bad = self.sae_encode(sae, left, chosen, tile.clone(), sums.values.as_mut(), codes.as_mut());
         match (codes, gradients) {
             (Some(codes), Some(gradients)) => {
@@ -102,16 +106,19 @@ impl<T: Element> Cpu<T> {
         let constants = Constants::<T>::new(sae, tile.clone());
         let mut bad = None;
         self.sae_products(&sae.encoder, left, chosen.len(), tile.clone(), |rows, z| {
-            self.simd.dispatch(|| {
-                constants.activations(z);
-                if let Some(values) = &mut values {
-                    let found = values.add_rows(z, rows.start, chosen);
-                    bad = first(bad, found.map(|row| rows.start + row));
-                }
-                if let Some(codes) = &mut codes {
-                    codes.push_rows(z, tile.len());
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    constants.activations(z);
+                    if let Some(values) = &mut values {
+                        let found = values.add_rows(z, rows.start, chosen);
+                        bad = first(bad, found.map(|row| rows.start + row));
+                    }
+                    if let Some(codes) = &mut codes {
+                        codes.push_rows(z);
+                    }
+                },
+            );
         });
         bad
     }
@@ -135,19 +142,19 @@ impl<T: Element> Cpu<T> {
         tile: Range<usize>,
         sums: &mut Firing<'_>,
     ) -> Option<usize> {
-        if codes.len() == 0 {
+        if codes.fired() == 0 {
             return None;
         }
-        let width = gradients.width;
+        let (width, features) = (gradients.width, tile.len());
         let scale = scale_of::<T>(sae.decoder_scale.as_deref(), tile.clone());
         let decoder = self.sae_feature_rows(&sae.decoder, tile, 0..width);
-        self.simd.dispatch(|| {
-            let mut bad = None;
-            let rows = codes.rows().zip(gradients.chunks_exact(width)).enumerate();
-            for (row, (entries, gradient)) in rows {
-                for &(feature, f) in entries {
-                    let feature = feature as usize;
-                    let along = super::norm::dot(gradient, &decoder[feature * width..][..width]);
+        let products = self.sae_dense_products(codes, gradients, Mat::new(&decoder, features, width).t());
+        let mut products = products.chunks_exact(features);
+        let mut bad = None;
+        self.vectorised(
+            #[inline(always)]
+            || {
+                let mut add = |row: usize, feature: usize, f: T, along: T| {
                     let value = along * scale[feature];
                     if let Some(sums) = &mut sums.gradients {
                         sums.add(feature, value);
@@ -158,10 +165,44 @@ impl<T: Element> Cpu<T> {
                     if !(f * value).is_finite() {
                         bad = first(bad, Some(row));
                     }
+                };
+                for (row, (code, gradient)) in codes.rows().zip(gradients.chunks_exact(width)).enumerate() {
+                    match code {
+                        Code::Few(entries) => {
+                            for &(feature, f) in entries {
+                                let feature = feature as usize;
+                                let weights = &decoder[feature * width..][..width];
+                                add(row, feature, f, super::norm::dot(gradient, weights));
+                            }
+                        }
+                        Code::Many(f) => {
+                            let values = products.next().into_iter().flatten().zip(f).enumerate();
+                            for (feature, (&along, &f)) in values.filter(|(_, (_, f))| **f != T::zero()) {
+                                add(row, feature, f, along);
+                            }
+                        }
+                    }
                 }
-            }
-            bad
-        })
+            },
+        );
+        bad
+    }
+
+    /// Of the rows with many features: g'·W, one below the other.
+    fn sae_dense_products(&self, codes: &Codes<T>, gradients: &Buf<T>, weights: Mat<'_, T>) -> Buf<T> {
+        let (depth, cols) = weights.shape();
+        let rows = codes.many_rows();
+        let count = if rows.is_empty() { 0 } else { rows.len().max(MIN_ROWS) };
+        let mut left = self.zeros(count, depth);
+        for (to, &row) in left.chunks_exact_mut(depth).zip(rows) {
+            to.copy_from_slice(&gradients[row * depth..][..depth]);
+        }
+        let mut products = self.alloc(count, cols);
+        if count > 0 {
+            let mut out = MatMut::new(&mut products, count, cols);
+            matmul(&mut out, Mat::new(&left, count, depth), weights, T::one(), false);
+        }
+        products
     }
 
     /// What is added where features fire: values, active gradients, attribution.

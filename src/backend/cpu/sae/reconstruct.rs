@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::matmul::{MatMut, even_ranges};
+use super::super::matmul::{MAX_DEPTH, Mat, MatMut, even_ranges, matmul};
+use super::super::product::MIN_ROWS;
 use super::super::{Buf, Cpu, Element};
-use super::encode::{Codes, scale_of};
+use super::encode::{Code, Codes, scale_of};
 use super::sums::{TileValues, finish_values};
 use super::tokens::{Chosen, TokenNorm};
 use super::{contest, tile};
@@ -21,6 +22,27 @@ const BAND: usize = 16;
 /// Tiles that are encoded before they are decoded.
 fn band() -> usize {
     BAND.max(2 * rayon::current_num_threads())
+}
+
+/// `out` += f·w for each feature that fires; `weights` `[tile, COLUMNS]`.
+#[inline(always)]
+fn add_columns<T: Element>(out: &mut [T; COLUMNS], entries: &[(u32, T)], weights: &[T]) {
+    let (weights, _) = weights.as_chunks::<COLUMNS>();
+    let mut sums = *out;
+    for &(feature, f) in entries {
+        let weights = &weights[feature as usize];
+        (0..COLUMNS).for_each(|j| sums[j] += f * weights[j]);
+    }
+    *out = sums;
+}
+
+/// The same for any number of columns. `weights` `[tile, columns]`
+#[inline(always)]
+fn add_rows<T: Element>(out: &mut [T], entries: &[(u32, T)], weights: &[T]) {
+    for &(feature, f) in entries {
+        let weights = weights[feature as usize * out.len()..].iter();
+        out.iter_mut().zip(weights).for_each(|(out, &w)| *out += f * w);
+    }
 }
 
 impl<T: Element> Cpu<T> {
@@ -61,7 +83,7 @@ impl<T: Element> Cpu<T> {
                     let mut codes = match &tokens {
                         Some(tokens) => Codes::of_tile(tokens, tile.clone()),
                         None => {
-                            let mut codes = Codes::new();
+                            let mut codes = Codes::new(tile.len());
                             self.sae_encode(
                                 sae,
                                 &left,
@@ -81,7 +103,7 @@ impl<T: Element> Cpu<T> {
                 let codes: Vec<Codes<T>> = tiles.par_iter().zip(sums).with_max_len(1).map(of_tile).collect();
                 let counted = |codes: &Codes<T>| -> u64 {
                     let rows = codes.rows().zip(&chosen.places).filter(|(_, place)| place.position > 0);
-                    rows.map(|(entries, _)| entries.len() as u64).sum()
+                    rows.map(|(code, _)| code.fired() as u64).sum()
                 };
                 fired += codes.iter().map(counted).sum::<u64>();
                 self.sae_decode(&sae.decoder, tiles, &codes, &mut decoded);
@@ -113,26 +135,51 @@ impl<T: Element> Cpu<T> {
         let ranges: Vec<Range<usize>> = even_ranges(width, COLUMNS).collect();
         let parts = MatMut::new(into, rows, width).split_columns(ranges.iter().cloned());
         parts.into_par_iter().zip(ranges).with_max_len(1).for_each(|(mut part, cols)| {
-            for (tile, codes) in tiles.iter().zip(codes).filter(|(_, codes)| codes.len() > 0) {
+            for (tile, codes) in tiles.iter().zip(codes).filter(|(_, codes)| codes.fired() > 0) {
                 let weights = self.sae_feature_rows(decoder, tile.clone(), cols.clone());
-                self.simd.dispatch(|| {
-                    for (row, entries) in codes.rows().enumerate().filter(|(_, entries)| !entries.is_empty())
-                    {
-                        let mut sums = [T::zero(); COLUMNS];
-                        let out = part.row(row);
-                        sums[..out.len()].copy_from_slice(out);
-                        for &(feature, f) in entries {
-                            let weights = &weights[feature as usize * cols.len()..][..cols.len()];
-                            match weights.first_chunk::<COLUMNS>() {
-                                Some(weights) => (0..COLUMNS).for_each(|j| sums[j] += f * weights[j]),
-                                None => sums.iter_mut().zip(weights).for_each(|(sum, &w)| *sum += f * w),
+                let dense = self.sae_dense_decoded(codes, Mat::new(&weights, tile.len(), cols.len()));
+                let mut dense = dense.chunks_exact(cols.len());
+                self.vectorised(
+                    #[inline(always)]
+                    || {
+                        for (row, code) in codes.rows().enumerate() {
+                            let out = part.row(row);
+                            match code {
+                                Code::Few([]) => {}
+                                Code::Few(entries) => match out.first_chunk_mut::<COLUMNS>() {
+                                    Some(out) => add_columns(out, entries, &weights),
+                                    None => add_rows(out, entries, &weights),
+                                },
+                                Code::Many(_) => {
+                                    let decoded = dense.next().into_iter().flatten();
+                                    out.iter_mut().zip(decoded).for_each(|(out, &more)| *out += more);
+                                }
                             }
                         }
-                        out.copy_from_slice(&sums[..out.len()]);
-                    }
-                });
+                    },
+                );
             }
         });
+    }
+
+    /// Of the rows with many features: f·W, one below the other.
+    fn sae_dense_decoded(&self, codes: &Codes<T>, weights: Mat<'_, T>) -> Buf<T> {
+        let (depth, cols) = weights.shape();
+        let rows = codes.many_rows().len();
+        let mut decoded = self.alloc(if rows == 0 { 0 } else { rows.max(MIN_ROWS) }, cols);
+        if rows == 0 {
+            return decoded;
+        }
+        let padded = (rows < MIN_ROWS).then(|| {
+            let mut padded = self.zeros(MIN_ROWS, depth);
+            padded[..codes.many().len()].copy_from_slice(codes.many());
+            padded
+        });
+        let left = padded.as_deref().unwrap_or(codes.many());
+        let rows = rows.max(MIN_ROWS);
+        let mut out = MatMut::new(&mut decoded, rows, cols);
+        matmul(&mut out, Mat::new(left, rows, depth), weights, T::one(), false);
+        decoded
     }
 
     /// Adds the decoder's bias and undoes the norms, in place.
@@ -175,34 +222,39 @@ impl<T: Element> Cpu<T> {
             let tile = block * FEATURES..block * FEATURES + out.len();
             let rows = wide.sae_feature_rows(&sae.decoder, tile.clone(), 0..v.len());
             let scale = scale_of::<f64>(sae.decoder_scale.as_deref(), tile);
-            self.simd.dispatch(|| {
-                for ((out, row), scale) in out.iter_mut().zip(rows.chunks_exact(v.len())).zip(scale) {
-                    *out = super::super::norm::dot(row, v) * scale;
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for ((out, row), scale) in out.iter_mut().zip(rows.chunks_exact(v.len())).zip(&scale) {
+                        *out = super::super::norm::dot(row, v) * scale;
+                    }
+                },
+            );
         });
         out
     }
 
     pub(super) fn sae_workspace(&self, sae: &SaeWeights, tokens: usize) -> u64 {
-        let (width, features) = (sae.width(), sae.num_features());
+        let width = sae.width();
         let threads = rayon::current_num_threads();
-        let rows = tokens.max(super::super::product::MIN_ROWS);
+        let rows = tokens.max(MIN_ROWS);
         let tile = self.sae_tiles(&sae.encoder).iter().map(|tile| tile.len()).max().unwrap_or(0);
         let block = tile::row_blocks(rows).map(|rows| rows.len()).max().unwrap_or(0);
-        // x̃ and g' (before and after padding), x̂, and the left operand of each.
+        // x̃ and g', before and after padding, and x̂; the left operands.
         let per_chunk = 3 * rows * width + 2 * self.left_space_elements(rows, width);
-        // The weight tile, as it is multiplied and as rows; products; constants.
-        let right = self
-            .right_space_elements(sae.encoder.tensor.dtype, width, tile)
-            .max(self.right_space_elements(sae.decoder.tensor.dtype, width, tile));
-        let per_thread = right + tile * width + 16 * tile + block * tile + 6 * tile;
-        let entry = size_of::<(u32, T)>();
+        // The weight tile, as it is multiplied and as rows; products; what the `gemm` crate copies of its operands.
+        let right =
+            [&sae.encoder, &sae.decoder].map(|m| self.right_space_elements(m.tensor.dtype, width, tile));
+        let per_thread =
+            right[0].max(right[1]) + tile * width + block * tile + 2 * MAX_DEPTH * (tile + block);
+        // Of rows with many features: those of g', and their products.
+        let dense = threads * rows * (width + tile);
         let codes = match sae.activation {
-            SaeActivation::TopK { k } | SaeActivation::GroupMax { k } => 3 * k * entry + 128,
-            // All features of a band may fire, and a growing vector is twice as long.
-            _ => 3 * band().max(threads) * tile.min(features) * entry,
+            // As candidates, as features, and those of one band by tile.
+            SaeActivation::TopK { k } | SaeActivation::GroupMax { k } => 4 * k * size_of::<(u32, T)>() + 128,
+            // All features of a band may fire. A task's last vector is moved as it grows.
+            _ => (band() + threads) * tile * size_of::<T>(),
         };
-        ((per_chunk + threads * per_thread) * size_of::<T>() + rows * (codes + 128)) as u64
+        ((per_chunk + threads * per_thread + dense) * size_of::<T>() + rows * (codes + 128)) as u64
     }
 }

@@ -159,15 +159,18 @@ impl<T: Element> Cpu<T> {
             let constants = Constants::<T>::new(sae, tile.clone());
             let mut bad = None;
             self.sae_products(&sae.encoder, left, count, tile.clone(), |rows, z| {
-                self.simd.dispatch(|| {
-                    constants.pre_activations(z);
-                    for (row, h) in rows.clone().zip(z.chunks_exact(tile.len())) {
-                        if !h.iter().fold(true, |finite, h| finite & h.is_finite()) {
-                            bad = first(bad, Some(row));
+                self.vectorised(
+                    #[inline(always)]
+                    || {
+                        constants.pre_activations(z);
+                        for (row, h) in rows.clone().zip(z.chunks_exact(tile.len())) {
+                            if !h.iter().fold(true, |finite, h| finite & h.is_finite()) {
+                                bad = first(bad, Some(row));
+                            }
+                            offer(row, h, tile.start);
                         }
-                        offer(row, h, tile.start);
-                    }
-                });
+                    },
+                );
             });
             bad
         };

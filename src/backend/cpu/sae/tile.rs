@@ -67,26 +67,31 @@ impl<T: Element> Cpu<T> {
             let start = row * matrix.tensor.shape[1];
             &bytes[(start + within.start) * dtype.size_bytes()..(start + within.end) * dtype.size_bytes()]
         };
-        self.simd.dispatch(|| {
-            if matrix.features_first {
-                for (feature, out) in tile.zip(out.chunks_exact_mut(cols.len())) {
-                    T::widen(dtype, stored(feature, &cols), out);
+        self.vectorised(
+            #[inline(always)]
+            || {
+                if matrix.features_first {
+                    for (feature, out) in tile.clone().zip(out.chunks_exact_mut(cols.len())) {
+                        T::widen(dtype, stored(feature, &cols), out);
+                    }
+                    return;
                 }
-                return;
-            }
-            let features = tile.len();
-            let mut columns = vec![T::zero(); COLUMNS * features];
-            for (index, first) in cols.clone().step_by(COLUMNS).enumerate() {
-                let some = first..cols.end.min(first + COLUMNS);
-                for (column, to) in some.clone().zip(columns.chunks_exact_mut(features)) {
-                    T::widen(dtype, stored(column, &tile), to);
+                let features = tile.len();
+                let mut columns = vec![T::zero(); COLUMNS * features];
+                for (index, first) in cols.clone().step_by(COLUMNS).enumerate() {
+                    let some = first..cols.end.min(first + COLUMNS);
+                    for (column, to) in some.clone().zip(columns.chunks_exact_mut(features)) {
+                        T::widen(dtype, stored(column, &tile), to);
+                    }
+                    for (feature, out) in out.chunks_exact_mut(cols.len()).enumerate() {
+                        let out = &mut out[index * COLUMNS..][..some.len()];
+                        out.iter_mut()
+                            .enumerate()
+                            .for_each(|(j, out)| *out = columns[j * features + feature]);
+                    }
                 }
-                for (feature, out) in out.chunks_exact_mut(cols.len()).enumerate() {
-                    let out = &mut out[index * COLUMNS..][..some.len()];
-                    out.iter_mut().enumerate().for_each(|(j, out)| *out = columns[j * features + feature]);
-                }
-            }
-        });
+            },
+        );
         out
     }
 }

@@ -129,10 +129,13 @@ impl<T: Element> Cpu<T> {
             .par_chunks_exact_mut(width)
             .enumerate()
             .filter_map(|(row, out)| {
-                let finite = self.simd.dispatch(|| {
-                    fill(row, out);
-                    out.iter().fold(true, |finite, value| finite & value.is_finite())
-                });
+                let finite = self.vectorised(
+                    #[inline(always)]
+                    || {
+                        fill(row, out);
+                        out.iter().fold(true, |finite, value| finite & value.is_finite())
+                    },
+                );
                 (!finite).then_some(row)
             })
             .min();
