@@ -361,7 +361,8 @@ impl Sink<Cpu<f64>> for Moved {
 }
 
 impl Splice<Cpu<f64>> for Moved {
-    fn replace(&mut self, cpu: &Cpu<f64>, _: Tap, chunk: &Chunk, x: &Buf<f64>) -> Result<Buf<f64>> {
+    fn replace(&mut self, cpu: &Cpu<f64>, tap: Tap, chunk: &Chunk, x: &Buf<f64>) -> Result<Buf<f64>> {
+        self.shown.push(cpu, tap, chunk, x)?;
         let d = x.len() / chunk.ids.len();
         let by = chunk.ids.iter().flat_map(|&id| &self.by[id as usize * d..][..d]);
         let moved: Vec<f64> = x.iter().zip(by).map(|(x, by)| x + by).collect();

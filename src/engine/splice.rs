@@ -23,8 +23,8 @@ impl<B: SaeBackend> Sink<B> for Nobody {
 }
 
 impl<B: SaeBackend> Engine<'_, B> {
-    /// For each wanted layer, by itself: shows the site's value to `splice`, runs the rest of the model with what
-    /// `splice` puts in its place, and shows the gradient there. The model's own loss is computed too. Needs an engine
+    /// For each wanted layer, by itself: runs the rest of the model with what `splice` puts in the place of the site's
+    /// value, and shows it the gradient there. The model's own loss is computed too. Needs an engine
     /// for gradients.
     ///
     /// # Errors
@@ -147,21 +147,18 @@ impl<B: SaeBackend> Engine<'_, B> {
         let block = &self.model.program.blocks[layer];
         let (slots, end) = (block.widths.len(), block.ops.len());
         let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
-        let chunk = (*stream.chunk).as_ref();
         let mut state = State::new(slots, stream.residual.take());
         let shown = Tap { layer, site: Site::Mlp, direction: Direction::Values };
-        forward(self.backend, &scope, block, 0..tap + 1, Keep::Rest, &mut state, &mut |_, x| {
-            splice.push(self.backend, shown, chunk, x)
-        })?;
+        let nobody = &mut |_, _: &B::Buf| Ok(());
+        forward(self.backend, &scope, block, 0..tap + 1, Keep::Rest, &mut state, nobody)?;
         let mut other = State::new(slots, None);
         for (slot, (from, to)) in state.slots.iter().zip(&mut other.slots).enumerate() {
             let Some(value) = from else { continue };
             *to = Some(match slot == site.0 {
-                true => splice.replace(self.backend, shown, chunk, value)?,
+                true => splice.replace(self.backend, shown, (*stream.chunk).as_ref(), value)?,
                 false => self.backend.copy(value)?,
             });
         }
-        let nobody = &mut |_, _: &B::Buf| Ok(());
         forward(self.backend, &scope, block, tap + 1..end, Keep::For(tap), &mut other, nobody)?;
         let residual = other.slots[block.output.0].take();
         let mut saved: Vec<Option<State<B>>> = stream.saved.iter().map(|_| None).collect();

@@ -73,8 +73,8 @@ pub trait Sink<B: Backend> {
 
 /// A sink that puts something else in the place of a site's value.
 pub trait Splice<B: Backend>: Sink<B> {
-    /// What the rest of the model is to see instead of `x`, `[N, width]`. Its gradient is pushed afterwards: for a tap,
-    /// that of each chunk in corpus order.
+    /// Takes in `x`, `[N, width]`, the site's value, and says what the rest of the model is to see instead. Its gradient
+    /// is pushed afterwards: for a tap, that of each chunk in corpus order.
     ///
     /// # Errors
     /// The device's.

@@ -182,9 +182,7 @@ impl<B: SaeBackend> SaeSink<B> {
             // What is encoded for the check is added up at once.
             let values = result.sums.values.as_mut().filter(|_| alone);
             drop(backend.reconstruct(sae, &checked, x, values, Some(&mut result.fit))?);
-            if !(result.fit.residual.is_finite() && result.fit.sum_sq.is_finite()) {
-                return Err(not_finite(layer, "reconstruction", None));
-            }
+            result.check_fit(layer)?;
         }
         if alone && result.sums.values.is_some() && !rest.samples.is_empty() {
             let finite = backend.features(sae, &rest, Some(x), None, spec.gradient, &mut result.sums)?;
@@ -224,6 +222,14 @@ impl<B: SaeBackend> SaeSink<B> {
 }
 
 impl LayerFeatures {
+    /// What is not finite shows in the sums of the check.
+    fn check_fit(&self, layer: usize) -> Result<()> {
+        match self.fit.residual.is_finite() && self.fit.sum_sq.is_finite() {
+            true => Ok(()),
+            false => Err(not_finite(layer, "reconstruction", None)),
+        }
+    }
+
     /// Takes the tokens around what is largest in `chunk` of all that was seen.
     fn find_examples(&mut self, chunk: &Chunk) {
         let Some(values) = &self.sums.values else { return };
@@ -249,9 +255,28 @@ impl<B: SaeBackend> Sink<B> for SaeSink<B> {
 
 impl<B: SaeBackend> Splice<B> for SaeSink<B> {
     fn replace(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<B::Buf> {
-        let at = positions(chunk, self.spec.position_stride);
-        let sae = &self.spec.saes[&tap.layer];
-        backend.reconstruct(sae, &at, x, None, None)
+        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+        let (Some(sae), Some(state)) = (spec.saes.get(&tap.layer), self.layers.get_mut(&tap.layer)) else {
+            return backend.copy(x);
+        };
+        let result = &mut state.result;
+        let (checked, rest) = at.split(CHECKED_TOKENS.saturating_sub(result.fit.tokens));
+        let mut replaced = None;
+        for (at, fit) in [(checked, Some(&mut result.fit)), (rest, None)] {
+            if at.samples.is_empty() {
+                continue;
+            }
+            let values = result.sums.values.as_mut().filter(|_| !spec.both());
+            replaced = Some(backend.reconstruct(sae, &at, replaced.as_ref().unwrap_or(x), values, fit)?);
+        }
+        result.check_fit(tap.layer)?;
+        if !spec.both() {
+            result.find_examples(chunk);
+        }
+        if spec.waits(sae) {
+            state.waiting.push_back(backend.copy(x)?);
+        }
+        replaced.map_or_else(|| backend.copy(x), Ok)
     }
 }
 
