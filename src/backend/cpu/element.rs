@@ -52,6 +52,12 @@ pub trait Element: Float + AddAssign + Sum + Pod + Default + Send + Sync {
     /// with its column and row stride. The destination's row stride must be 1.
     fn gemm_fn() -> GemmFn<Self>;
 
+    /// Stored elements as they lie, where that is how this type lies in memory.
+    fn stored(dtype: Dtype, bytes: &[u8]) -> Option<&[Self]> {
+        let as_is = Self::IS_F32 && dtype == Dtype::F32 && cfg!(target_endian = "little");
+        bytemuck::try_cast_slice(bytes).ok().filter(|_| as_is)
+    }
+
     /// Widens stored elements, exactly. `bytes` holds `out.len()` elements of `dtype`, little-endian.
     #[inline(always)]
     fn widen(dtype: Dtype, bytes: &[u8], out: &mut [Self]) {

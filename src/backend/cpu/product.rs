@@ -128,7 +128,7 @@ impl<T: Element> Cpu<T> {
     /// Rows `rows` of a stored matrix `[_, depth]`, transposed: the product is x·Wᵀ.
     pub(super) fn right_of_rows<'a>(
         &self,
-        matrix: &Tensor,
+        matrix: &'a Tensor,
         rows: Range<usize>,
         space: &'a mut Buf<T>,
     ) -> Right<'a, T> {
@@ -138,6 +138,9 @@ impl<T: Element> Cpu<T> {
             return Right::Parts(amx::Right::from_rows(tiles, stored, rows, bytemuck::cast_slice_mut(space)));
         }
         let bytes = row_bytes(matrix, rows.clone());
+        if let Some(stored) = T::stored(matrix.dtype, bytes) {
+            return Right::Plain(Mat::new(stored, rows.len(), depth).t());
+        }
         self.simd.dispatch(|| T::widen(matrix.dtype, bytes, &mut space[..rows.len() * depth]));
         Right::Plain(Mat::new(space, rows.len(), depth).t())
     }

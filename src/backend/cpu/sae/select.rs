@@ -111,7 +111,13 @@ impl<T: Element> Cpu<T> {
         match contest {
             Contest::All { k } => {
                 let kept: Vec<Kept<T>> = (0..count).map(|_| Kept::new()).collect();
-                let bad = self.sae_contests(sae, left, count, |row, h, first| kept[row].offer(k, h, first));
+                let bad = self.sae_contests(
+                    sae,
+                    left,
+                    count,
+                    #[inline(always)]
+                    |row, h, first| kept[row].offer(k, h, first),
+                );
                 let candidates = kept.into_par_iter().map(|kept| {
                     let heap = kept.heap.into_inner().unwrap_or_else(PoisonError::into_inner);
                     fired(heap.into_iter())
@@ -123,22 +129,28 @@ impl<T: Element> Cpu<T> {
                 let none = Candidate { h: T::neg_infinity(), feature: u32::MAX };
                 let kept: Vec<Mutex<Vec<Candidate<T>>>> =
                     (0..count).map(|_| Mutex::new(vec![none; groups])).collect();
-                let bad = self.sae_contests(sae, left, count, |row, h, first| {
-                    let mut kept = kept[row].lock().unwrap_or_else(PoisonError::into_inner);
-                    let mut start = 0;
-                    while start < h.len() {
-                        let group = (first + start) / size;
-                        let end = h.len().min((group + 1) * size - first);
-                        let best = &mut kept[group];
-                        for (feature, &h) in (first + start..).zip(&h[start..end]) {
-                            let candidate = Candidate { h, feature: feature as u32 };
-                            if h > best.h || (h == best.h && candidate < *best) {
-                                *best = candidate;
+                let bad = self.sae_contests(
+                    sae,
+                    left,
+                    count,
+                    #[inline(always)]
+                    |row, h, first| {
+                        let mut kept = kept[row].lock().unwrap_or_else(PoisonError::into_inner);
+                        let mut start = 0;
+                        while start < h.len() {
+                            let group = (first + start) / size;
+                            let end = h.len().min((group + 1) * size - first);
+                            let best = &mut kept[group];
+                            for (feature, &h) in (first + start..).zip(&h[start..end]) {
+                                let candidate = Candidate { h, feature: feature as u32 };
+                                if h > best.h || (h == best.h && candidate < *best) {
+                                    *best = candidate;
+                                }
                             }
+                            start = end;
                         }
-                        start = end;
-                    }
-                });
+                    },
+                );
                 let candidates = kept
                     .into_iter()
                     .map(|kept| fired(kept.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter()));

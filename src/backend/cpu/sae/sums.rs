@@ -65,13 +65,13 @@ impl<'a> TileMoments<'a> {
     #[inline(always)]
     pub fn add_rows<T: Element>(&mut self, values: &[T], scale: &[T]) -> Option<usize> {
         let mut bad = None;
-        by_lanes(self.sum.len(), |from, wide| {
-            let found = match wide {
-                true => self.add_lanes::<T, LANES>(values, scale, from),
-                false => self.add_lanes::<T, 1>(values, scale, from),
-            };
-            bad = first(bad, found);
-        });
+        let whole = self.sum.len() / LANES * LANES;
+        for from in (0..whole).step_by(LANES) {
+            bad = first(bad, self.add_lanes::<T, LANES>(values, scale, from));
+        }
+        for from in whole..self.sum.len() {
+            bad = first(bad, self.add_lanes::<T, 1>(values, scale, from));
+        }
         bad
     }
 
@@ -143,13 +143,13 @@ impl<'a> TileValues<'a> {
     #[inline(always)]
     pub fn add_rows<T: Element>(&mut self, f: &[T], first_row: usize, chosen: &Chosen) -> Option<usize> {
         let mut bad = None;
-        by_lanes(self.sum.len(), |from, wide| {
-            let found = match wide {
-                true => self.add_lanes::<T, LANES>(f, first_row, chosen, from),
-                false => self.add_lanes::<T, 1>(f, first_row, chosen, from),
-            };
-            bad = first(bad, found);
-        });
+        let whole = self.sum.len() / LANES * LANES;
+        for from in (0..whole).step_by(LANES) {
+            bad = first(bad, self.add_lanes::<T, LANES>(f, first_row, chosen, from));
+        }
+        for from in whole..self.sum.len() {
+            bad = first(bad, self.add_lanes::<T, 1>(f, first_row, chosen, from));
+        }
         bad
     }
 
@@ -202,14 +202,6 @@ pub(super) fn finish_values(values: &mut FeatureValues, count: u64) {
 /// The smaller of two rows that may not be.
 pub(super) fn first(a: Option<usize>, b: Option<usize>) -> Option<usize> {
     a.into_iter().chain(b).min()
-}
-
-/// Calls with each group of [`LANES`] columns, then with each that is left over.
-#[inline(always)]
-fn by_lanes(width: usize, mut run: impl FnMut(usize, bool)) {
-    let whole = width / LANES * LANES;
-    (0..whole).step_by(LANES).for_each(|from| run(from, true));
-    (whole..width).for_each(|from| run(from, false));
 }
 
 /// The first row with a value that is not finite in these columns.

@@ -9,7 +9,7 @@ use crate::model::sae::FeatureMatrix;
 
 /// Most tokens of a block, in units of [`UNIT`]: with a tile's 256 features, a block of products stays in the
 /// second-level cache until it is added up.
-const BLOCK_UNITS: usize = 16;
+const BLOCK_UNITS: usize = 32;
 /// Rows of a block of the tile unit.
 const UNIT: usize = 32;
 
