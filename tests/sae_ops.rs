@@ -79,7 +79,7 @@ fn nothing_chosen_adds_nothing() {
     let mut sums = all_sums(SHAPE.0);
     cpu.features(&sae, &at, Some(&x), Some(&dx), SaeGradient::Active, &mut sums).unwrap().unwrap();
     assert_eq!(sums, all_sums(SHAPE.0));
-    assert_eq!(cpu.reconstruct(&sae, &at, &x, None, None).unwrap()[..], x[..]);
+    assert_eq!(cpu.reconstruct(&sae, &at, &x, None, None).unwrap().unwrap()[..], x[..]);
     assert_eq!(cpu.copy(&x).unwrap()[..], x[..]);
 }
 
@@ -211,7 +211,9 @@ fn of_equal_features_the_lower_index_fires() {
         let [x, _] = inputs(&at, SHAPE.1, 5);
         let mut values = values_of(SHAPE.0);
         let mut fit = Fit::default();
-        cpu.reconstruct(&sae, &at, &buffer(&cpu, &x, SHAPE.1), Some(&mut values), Some(&mut fit)).unwrap();
+        cpu.reconstruct(&sae, &at, &buffer(&cpu, &x, SHAPE.1), Some(&mut values), Some(&mut fit))
+            .unwrap()
+            .unwrap();
         let half = SHAPE.0 / 2;
         let count = |features: std::ops::Range<usize>| values.fired[features].iter().sum::<u64>();
         // The feature without a twin may fire too.

@@ -24,20 +24,6 @@ impl Positions {
         self.samples.iter().map(|(_, rows)| rows.clone().skip(self.first).step_by(self.stride))
     }
 
-    /// The first samples, as many as have `tokens` tokens looked at besides position 0; and the others.
-    pub fn split(mut self, tokens: u64) -> (Self, Self) {
-        let mut left = tokens;
-        let first = self.samples.iter().take_while(|(_, rows)| {
-            let go_on = left > 0;
-            let behind = rows.len().saturating_sub(self.first).div_ceil(self.stride) as u64;
-            left = left.saturating_sub(behind.saturating_sub(u64::from(self.first == 0)));
-            go_on
-        });
-        let rest = self.samples.split_off(first.count());
-        let (stride, first) = (self.stride, self.first);
-        (self, Self { samples: rest, stride, first })
-    }
-
     /// Tokens looked at in samples of at least `shortest` tokens.
     pub fn count(&self, shortest: usize) -> u64 {
         let chosen = |(_, rows): &(u64, Range<usize>)| match rows.len() >= shortest {
@@ -115,15 +101,18 @@ pub struct Fit {
 }
 
 impl Fit {
-    /// Fraction of variance unexplained, Σ‖x − x̂‖²/Σ‖x − x̄‖²: 0 is perfect, 1 no better than the mean.
-    pub fn fvu(&self) -> f64 {
+    /// Fraction of variance unexplained, Σ‖x − x̂‖²/Σ‖x − x̄‖²: 0 is perfect, 1 no better than the mean. `None`: there
+    /// is no variance, as of a single token.
+    pub fn fvu(&self) -> Option<f64> {
         let mean_sq: f64 = self.sum.iter().map(|sum| sum * sum).sum::<f64>() / self.tokens as f64;
-        self.residual / (self.sum_sq - mean_sq)
+        let variance = self.sum_sq - mean_sq;
+        // What cancellation leaves of equal tokens is no variance.
+        (self.tokens > 1 && variance > 1e-9 * self.sum_sq).then(|| self.residual / variance)
     }
 
-    /// Features that fire on a token, on average.
-    pub fn l0(&self) -> f64 {
-        self.fired as f64 / self.tokens as f64
+    /// Features that fire on a token, on average. `None`: there were no tokens.
+    pub fn l0(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.fired as f64 / self.tokens as f64)
     }
 }
 
@@ -150,6 +139,8 @@ pub trait SaeBackend: Backend {
 
     /// `x` with the reconstruction x̂ in the rows at `at`. Adds those tokens to `values`, as [`SaeBackend::features`]
     /// does, and, but for position 0 of each sample, to `fit`, where these are given.
+    ///
+    /// Returns the first sample (its number in `at`) with a value that is not finite instead.
     fn reconstruct(
         &self,
         sae: &SaeWeights,
@@ -157,7 +148,7 @@ pub trait SaeBackend: Backend {
         x: &Self::Buf,
         values: Option<&mut FeatureValues>,
         fit: Option<&mut Fit>,
-    ) -> Result<Self::Buf>;
+    ) -> Result<Result<Self::Buf, NonFinite>>;
 
     /// `into[d] += Σ_t v_t[d]` and `count` over the tokens at `at` of samples of at least two tokens, where v is `dx`
     /// times the factor that undoing the SAE's normalisation has: Σ dL/df is one product of W_dec with it, see
@@ -176,21 +167,4 @@ pub trait SaeBackend: Backend {
 
     /// Bytes that these methods need at most besides arguments and results, for N = `tokens`.
     fn sae_workspace_bytes(&self, sae: &SaeWeights, tokens: usize) -> u64;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn splits_between_samples() {
-        let at = Positions { samples: vec![(7, 0..5), (8, 5..6), (9, 6..12)], stride: 2, first: 0 };
-        // Positions 2 and 4 of the first, none of the second, 2 and 4 of the third.
-        for (tokens, first) in [(0, 0), (1, 1), (2, 1), (3, 3), (4, 3), (99, 3)] {
-            let (checked, rest) = at.clone().split(tokens);
-            assert_eq!([checked.samples.len(), rest.samples.len()], [first, 3 - first], "{tokens}");
-            assert_eq!([checked.samples, rest.samples].concat(), at.samples);
-            assert_eq!((rest.stride, rest.first), (2, 0));
-        }
-    }
 }

@@ -20,6 +20,9 @@ const SHOWN: [usize; 2] = [2, 1];
 /// Characters of a snippet on the screen, before and after the token.
 const SNIPPET: [usize; 2] = [40, 20];
 
+/// More or less features per token than an SAE was trained for, by this factor, are odd.
+const ODD_L0: f64 = 4.0;
+
 type Layers = BTreeMap<usize, LayerFeatures>;
 
 /// What metadata says of the SAEs.
@@ -37,8 +40,9 @@ pub(super) fn facts(plan: &Plan, sae: &SaePlan, layers: &Layers, totals: &Totals
             "feature_convention": sae.about.convention,
             "features": sae.weights.num_features(),
             "features_that_fired": fired,
-            "fvu": (fit.tokens > 0).then(|| fit.fvu()),
-            "l0": (fit.tokens > 0).then(|| fit.l0()),
+            "fvu": fit.fvu(),
+            "l0": fit.l0(),
+            "l0_in_training": sae.about.expected_l0,
             "checked_tokens": fit.tokens,
             "spliced_loss_nats_per_token": spliced,
         });
@@ -108,7 +112,9 @@ pub(super) fn show_fit(sae: &SaePlan, layers: &Layers, totals: &Totals, log: &Lo
             sums.values.as_ref().map(|values| values.fired.iter().filter(|&&fired| fired > 0).count());
         let features = sae.saes.get(layer).map_or(0, |sae| sae.weights.num_features());
         let fired = fired.map_or("-".into(), |fired| fired.to_string());
-        text += &format!("{layer:>5}  {features:>8}  {fired:>6}  {:>6.1}  {:>6.3}", fit.l0(), fit.fvu());
+        let l0 = fit.l0().map_or("-".into(), |l0| format!("{l0:.1}"));
+        let fvu = fit.fvu().map_or("-".into(), |fvu| format!("{fvu:.3}"));
+        text += &format!("{layer:>5}  {features:>8}  {fired:>6}  {l0:>6}  {fvu:>6}");
         if let (Some(nats), Some(base)) = (totals.spliced_nats.get(layer), base) {
             text += &format!("  {:.4} against {base:.4}", nats / totals.targets as f64);
         }
@@ -116,11 +122,18 @@ pub(super) fn show_fit(sae: &SaePlan, layers: &Layers, totals: &Totals, log: &Lo
     }
     log.out(&text);
     for (layer, LayerFeatures { fit, .. }) in layers {
-        if fit.fvu() > 1.0 {
+        if let Some(fvu) = fit.fvu().filter(|fvu| *fvu > 1.0) {
             log.warn(&format!(
-                "the SAE of layer {layer} does not fit: FVU {:.2}, worse than the mean of the activations; is it of this \
-                 model and site, and is its normalisation right (--site, --sae_norm_scale)?",
-                fit.fvu()
+                "the SAE of layer {layer} does not fit: FVU {fvu:.2}, worse than the mean of the activations; is it of this \
+                 model and site, and is its normalisation right (--site, --sae_norm_scale)?"
+            ));
+        }
+        let trained = sae.saes.get(layer).and_then(|sae| sae.about.expected_l0);
+        if let Some((l0, trained)) =
+            fit.l0().zip(trained).filter(|(l0, k)| *l0 > ODD_L0 * k || ODD_L0 * l0 < *k)
+        {
+            log.warn(&format!(
+                "the SAE of layer {layer} fires {l0:.1} features per token, and was trained for {trained}"
             ));
         }
     }

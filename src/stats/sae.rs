@@ -130,6 +130,25 @@ struct Layer<B: Backend> {
     output_gradients: Option<Moments>,
     /// Values that wait for their gradients, by chunk.
     waiting: VecDeque<B::Buf>,
+    to_check: ToCheck,
+}
+
+/// Tokens that the reconstruction is still to be checked on.
+struct ToCheck(u64);
+
+impl ToCheck {
+    /// The samples to check, and the others. Does not depend on how samples are cut into chunks.
+    fn split(&mut self, mut at: Positions) -> (Positions, Positions) {
+        let (stride, first) = (at.stride, at.first);
+        let looked_at = |rows: &Range<usize>| rows.len().saturating_sub(first).div_ceil(stride) as u64;
+        let checked = at.samples.iter().take_while(|(_, rows)| {
+            let go_on = self.0 > 0;
+            self.0 = self.0.saturating_sub(looked_at(rows));
+            go_on
+        });
+        let rest = at.samples.split_off(checked.count());
+        (at, Positions { samples: rest, stride, first })
+    }
 }
 
 impl<B: SaeBackend> SaeSink<B> {
@@ -147,6 +166,7 @@ impl<B: SaeBackend> SaeSink<B> {
                 result: LayerFeatures { sums, fit, examples },
                 output_gradients: spec.signed_sums_alone.then(|| Moments::new(sae.width())),
                 waiting: VecDeque::new(),
+                to_check: ToCheck(CHECKED_TOKENS),
             };
             (layer, state)
         };
@@ -177,16 +197,16 @@ impl<B: SaeBackend> SaeSink<B> {
         };
         let result = &mut state.result;
         let alone = !spec.both();
-        let (checked, rest) = at.split(CHECKED_TOKENS.saturating_sub(result.fit.tokens));
+        let (checked, rest) = state.to_check.split(at);
         if !checked.samples.is_empty() {
             // What is encoded for the check is added up at once.
             let values = result.sums.values.as_mut().filter(|_| alone);
-            drop(backend.reconstruct(sae, &checked, x, values, Some(&mut result.fit))?);
-            result.check_fit(layer)?;
+            let finite = backend.reconstruct(sae, &checked, x, values, Some(&mut result.fit))?;
+            finite.map_err(|bad| not_finite(layer, "values", &checked, bad))?;
         }
         if alone && result.sums.values.is_some() && !rest.samples.is_empty() {
             let finite = backend.features(sae, &rest, Some(x), None, spec.gradient, &mut result.sums)?;
-            finite.map_err(|bad| not_finite(layer, "values", Some((&rest, bad))))?;
+            finite.map_err(|bad| not_finite(layer, "values", &rest, bad))?;
         }
         if alone {
             result.find_examples(chunk);
@@ -217,19 +237,11 @@ impl<B: SaeBackend> SaeSink<B> {
             result.sums.values = values;
             finite?
         };
-        finite.map_err(|bad| not_finite(layer, "gradients", Some((&at, bad))))
+        finite.map_err(|bad| not_finite(layer, "gradients", &at, bad))
     }
 }
 
 impl LayerFeatures {
-    /// What is not finite shows in the sums of the check.
-    fn check_fit(&self, layer: usize) -> Result<()> {
-        match self.fit.residual.is_finite() && self.fit.sum_sq.is_finite() {
-            true => Ok(()),
-            false => Err(not_finite(layer, "reconstruction", None)),
-        }
-    }
-
     /// Takes the tokens around what is largest in `chunk` of all that was seen.
     fn find_examples(&mut self, chunk: &Chunk) {
         let Some(values) = &self.sums.values else { return };
@@ -260,16 +272,16 @@ impl<B: SaeBackend> Splice<B> for SaeSink<B> {
             return backend.copy(x);
         };
         let result = &mut state.result;
-        let (checked, rest) = at.split(CHECKED_TOKENS.saturating_sub(result.fit.tokens));
+        let (checked, rest) = state.to_check.split(at);
         let mut replaced = None;
         for (at, fit) in [(checked, Some(&mut result.fit)), (rest, None)] {
             if at.samples.is_empty() {
                 continue;
             }
             let values = result.sums.values.as_mut().filter(|_| !spec.both());
-            replaced = Some(backend.reconstruct(sae, &at, replaced.as_ref().unwrap_or(x), values, fit)?);
+            let finite = backend.reconstruct(sae, &at, replaced.as_ref().unwrap_or(x), values, fit)?;
+            replaced = Some(finite.map_err(|bad| not_finite(tap.layer, "values", &at, bad))?);
         }
-        result.check_fit(tap.layer)?;
         if !spec.both() {
             result.find_examples(chunk);
         }
@@ -286,17 +298,31 @@ fn positions(chunk: &Chunk, stride: usize) -> Positions {
     Positions { samples, stride, first: 0 }
 }
 
-fn not_finite(layer: usize, what: &str, sample: Option<(&Positions, NonFinite)>) -> Error {
-    let place = match sample {
-        Some((at, NonFinite(number))) => format!(
-            "layer {layer}, sample {} (counted from 0 among the kept texts)",
-            at.samples.get(number).map_or(0, |(sample, _)| *sample)
-        ),
-        None => format!("layer {layer}"),
-    };
+fn not_finite(layer: usize, what: &str, at: &Positions, NonFinite(number): NonFinite) -> Error {
+    let sample = at.samples.get(number).map_or(0, |(sample, _)| *sample);
+    let place = format!("layer {layer}, sample {sample} (counted from 0 among the kept texts)");
     Error::new(format!("not a finite number in the {what} of the SAE's features"))
         .at(place)
         .expected("finite values everywhere")
         .found("NaN or infinity")
         .hint("look for NaN in the weights of the model and of the SAE")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_check_ends_between_samples() {
+        let at = Positions { samples: vec![(7, 0..5), (8, 5..6), (9, 6..12)], stride: 2, first: 0 };
+        // Positions 0, 2 and 4 of the first, 0 of the second, 0, 2 and 4 of the third.
+        for (tokens, first, left) in [(0, 0, 0), (1, 1, 0), (3, 1, 0), (4, 2, 0), (5, 3, 0), (9, 3, 2)] {
+            let mut to_check = ToCheck(tokens);
+            let (checked, rest) = to_check.split(at.clone());
+            assert_eq!([checked.samples.len(), rest.samples.len()], [first, 3 - first], "{tokens}");
+            assert_eq!(to_check.0, left);
+            assert_eq!([checked.samples, rest.samples].concat(), at.samples);
+            assert_eq!((rest.stride, rest.first), (2, 0));
+        }
+    }
 }

@@ -157,7 +157,7 @@ pub fn check<T: Element>(cpu: &Cpu<T>, what: &str, sae: &SaeWeights, at: &Positi
     }
 
     let (mut values, mut fit) = (values_of(features), Fit::default());
-    let spliced = cpu.reconstruct(sae, at, &xb, Some(&mut values), Some(&mut fit)).unwrap();
+    let spliced = cpu.reconstruct(sae, at, &xb, Some(&mut values), Some(&mut fit)).unwrap().unwrap();
     let mut all_values = FeatureSums { values: Some(values_of(features)), ..FeatureSums::default() };
     cpu.features(sae, at, Some(&xb), None, SaeGradient::All, &mut all_values).unwrap().unwrap();
     assert_eq!(Some(&values), all_values.values.as_ref(), "{what}: values beside a reconstruction");
@@ -210,7 +210,7 @@ pub fn everything<T: Element>(
     let (x, dx) = (buffer(cpu, x, width), buffer(cpu, dx, width));
     cpu.features(sae, at, Some(&x), Some(&dx), SaeGradient::All, &mut into.0).unwrap().unwrap();
     cpu.features(sae, at, Some(&x), Some(&dx), SaeGradient::Active, &mut into.1).unwrap().unwrap();
-    cpu.reconstruct(sae, at, &x, Some(&mut into.3), Some(&mut into.2)).unwrap().to_vec()
+    cpu.reconstruct(sae, at, &x, Some(&mut into.3), Some(&mut into.2)).unwrap().unwrap().to_vec()
 }
 
 pub fn nothing(features: usize) -> (FeatureSums, FeatureSums, Fit, FeatureValues) {

@@ -333,7 +333,7 @@ impl<T: Element> SaeBackend for Cpu<T> {
         x: &Buf<T>,
         values: Option<&mut FeatureValues>,
         fit: Option<&mut Fit>,
-    ) -> Result<Buf<T>> {
+    ) -> Result<std::result::Result<Buf<T>, NonFinite>> {
         Ok(self.sae_reconstruct(sae, at, x, values, fit))
     }
 

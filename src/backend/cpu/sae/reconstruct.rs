@@ -8,10 +8,10 @@ use super::super::matmul::{MAX_DEPTH, Mat, MatMut, even_ranges, matmul};
 use super::super::product::MIN_ROWS;
 use super::super::{Buf, Cpu, Element};
 use super::encode::{Code, Codes, scale_of};
-use super::sums::{TileValues, finish_values};
+use super::sums::{TileValues, finish_values, first};
 use super::tokens::{Chosen, TokenNorm};
 use super::{contest, tile};
-use crate::backend::{FeatureValues, Fit, Positions};
+use crate::backend::{FeatureValues, Fit, NonFinite, Positions};
 use crate::model::sae::{FeatureMatrix, SaeActivation, SaeWeights};
 
 /// Columns of x̂ that a task adds up at a time, in registers.
@@ -53,18 +53,23 @@ impl<T: Element> Cpu<T> {
         x: &Buf<T>,
         mut values: Option<&mut FeatureValues>,
         fit: Option<&mut Fit>,
-    ) -> Buf<T> {
+    ) -> Result<Buf<T>, NonFinite> {
         let mut out = self.from_slice(x, x.width);
         let chosen = Chosen::new(at);
         let (count, width) = (chosen.len(), x.width);
         if count == 0 {
-            return out;
+            return Ok(out);
         }
         let (inputs, norms) = self.sae_inputs(sae, &chosen, x);
         let rows = inputs.values.rows;
         let mut space = self.left_space(rows, width);
         let left = self.left(&inputs.values, rows, width, &mut space);
-        let tokens = contest(sae).map(|contest| self.sae_select(sae, contest, &left, count).0);
+        let mut bad = inputs.bad;
+        let tokens = contest(sae).map(|contest| {
+            let (tokens, found) = self.sae_select(sae, contest, &left, count);
+            bad = first(bad, found);
+            tokens
+        });
         let tiles = self.sae_tiles(&sae.encoder);
         let mut decoded = self.zeros(count, width);
         let mut fired = 0;
@@ -80,27 +85,24 @@ impl<T: Element> Cpu<T> {
             let mut sums = TileValues::cut(by_tile, &tiles);
             for (tiles, sums) in tiles.chunks(band()).zip(sums.chunks_mut(band())) {
                 let of_tile = |(tile, sums): (&Range<usize>, &mut Option<TileValues<'_>>)| {
-                    let mut codes = match &tokens {
-                        Some(tokens) => Codes::of_tile(tokens, tile.clone()),
+                    let (mut codes, bad) = match &tokens {
+                        Some(tokens) => (Codes::of_tile(tokens, tile.clone()), None),
                         None => {
                             let mut codes = Codes::new(tile.len());
-                            self.sae_encode(
-                                sae,
-                                &left,
-                                &chosen,
-                                tile.clone(),
-                                sums.as_mut(),
-                                Some(&mut codes),
-                            );
-                            codes
+                            let (sums, into) = (sums.as_mut(), Some(&mut codes));
+                            let bad = self.sae_encode(sae, &left, &chosen, tile.clone(), sums, into);
+                            (codes, bad)
                         }
                     };
                     if sae.decoder_scale.is_some() {
                         codes.scale(&scale_of::<T>(sae.decoder_scale.as_deref(), tile.clone()));
                     }
-                    codes
+                    (codes, bad)
                 };
-                let codes: Vec<Codes<T>> = tiles.par_iter().zip(sums).with_max_len(1).map(of_tile).collect();
+                let of_tiles: Vec<(Codes<T>, Option<usize>)> =
+                    tiles.par_iter().zip(sums).with_max_len(1).map(of_tile).collect();
+                let (codes, found): (Vec<Codes<T>>, Vec<Option<usize>>) = of_tiles.into_iter().unzip();
+                bad = found.into_iter().fold(bad, first);
                 let counted = |codes: &Codes<T>| -> u64 {
                     let rows = codes.rows().zip(&chosen.places).filter(|(_, place)| place.position > 0);
                     rows.map(|(code, _)| code.fired() as u64).sum()
@@ -117,10 +119,13 @@ impl<T: Element> Cpu<T> {
             fit.fired += fired;
             self.sae_add_fit(&chosen, x, &decoded, fit);
         }
-        for (&row, decoded) in chosen.rows.iter().zip(decoded.chunks_exact(width)) {
+        for (index, (&row, decoded)) in chosen.rows.iter().zip(decoded.chunks_exact(width)).enumerate() {
+            if !decoded.iter().all(|value| value.is_finite()) {
+                bad = first(bad, Some(index));
+            }
             out[row * width..][..width].copy_from_slice(decoded);
         }
-        out
+        chosen.finite(bad).map(|()| out)
     }
 
     /// `into` += f·W_dec of these tiles, feature by feature.
