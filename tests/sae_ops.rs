@@ -85,7 +85,8 @@ fn nothing_chosen_adds_nothing() {
 
 #[test]
 fn cuts_into_chunks_change_no_byte() {
-    let lengths = [300, 1, 400, 7, 90];
+    // More than a block of tokens.
+    let lengths = [300, 1, 700, 7, 90];
     let at = positions(&lengths, 1, 0);
     let [x, dx] = inputs(&at, SHAPE.1, 6);
     for cpu in [Cpu::<f32>::new(), Cpu::<f32>::with_multiply_adds()] {

@@ -112,7 +112,10 @@ impl<T: Element> Cpu<T> {
         let scale = T::of(task.attention.scale);
         let mut out = MatMut::new(&mut scores, queries, keys);
         matmul(&mut out, task.q(block, head), task.k(block).t(), scale, false);
-        self.simd.dispatch(|| softmax(&mut scores, block, task.attention.window));
+        self.vectorised(
+            #[inline(always)]
+            || softmax(&mut scores, block, task.attention.window),
+        );
         scores
     }
 
@@ -175,14 +178,17 @@ impl<T: Element> Cpu<T> {
                             T::one(),
                             false,
                         );
-                        self.simd.dispatch(|| {
-                            for (ds, p) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)) {
-                                let mean = super::norm::dot(ds, p);
-                                for (ds, &p) in ds.iter_mut().zip(p) {
-                                    *ds = p * (*ds - mean);
+                        self.vectorised(
+                            #[inline(always)]
+                            || {
+                                for (ds, p) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)) {
+                                    let mean = super::norm::dot(ds, p);
+                                    for (ds, &p) in ds.iter_mut().zip(p) {
+                                        *ds = p * (*ds - mean);
+                                    }
                                 }
-                            }
-                        });
+                            },
+                        );
                         let ds = Mat::new(&ds, queries, keys);
                         let mut dq = dq.part(block.queries.clone(), columns.clone());
                         matmul(&mut dq, ds, task.k(&block), scale, add_dq);

@@ -37,11 +37,14 @@ impl<T: Element> Cpu<T> {
         let mut out = self.alloc(gate.rows, gate.width);
         let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK));
         out.par_chunks_mut(BLOCK).zip(inputs).for_each(|(out, (gate, up))| {
-            self.simd.dispatch(|| {
-                for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = activate(activation, gate).0 * up;
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                        *out = activate(activation, gate).0 * up;
+                    }
+                },
+            );
         });
         out
     }
@@ -60,13 +63,16 @@ impl<T: Element> Cpu<T> {
         let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dout.par_chunks(BLOCK));
         let outputs = dgate.par_chunks_mut(BLOCK).zip(dup.par_chunks_mut(BLOCK));
         outputs.zip(inputs).for_each(|((dgate, dup), ((gate, up), dout))| {
-            self.simd.dispatch(|| {
-                for i in 0..gate.len() {
-                    let (value, slope) = activate(activation, gate[i]);
-                    store(&mut dgate[i], dout[i] * up[i] * slope, add[0]);
-                    store(&mut dup[i], dout[i] * value, add[1]);
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for i in 0..gate.len() {
+                        let (value, slope) = activate(activation, gate[i]);
+                        store(&mut dgate[i], dout[i] * up[i] * slope, add[0]);
+                        store(&mut dup[i], dout[i] * value, add[1]);
+                    }
+                },
+            );
         });
         [dgate, dup]
     }
@@ -76,11 +82,14 @@ impl<T: Element> Cpu<T> {
         let mut out = self.alloc(a.rows, a.width);
         let inputs = a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK));
         out.par_chunks_mut(BLOCK).zip(inputs).for_each(|(out, (a, b))| {
-            self.simd.dispatch(|| {
-                for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
-                    *out = a + b;
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                        *out = a + b;
+                    }
+                },
+            );
         });
         out
     }
@@ -88,11 +97,14 @@ impl<T: Element> Cpu<T> {
     /// into += x.
     pub(super) fn add_into(&self, into: &mut Buf<T>, x: &Buf<T>) {
         into.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(into, x)| {
-            self.simd.dispatch(|| {
-                for (into, &x) in into.iter_mut().zip(x) {
-                    *into += x;
-                }
-            });
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for (into, &x) in into.iter_mut().zip(x) {
+                        *into += x;
+                    }
+                },
+            );
         });
     }
 }

@@ -131,27 +131,30 @@ impl<T: Element> Cpu<T> {
         product(&mut MatMut::new(&mut exp, rows, columns), x, &right, false);
         let mut max = vec![T::neg_infinity(); rows];
         let mut sum = vec![T::zero(); rows];
-        self.simd.dispatch(|| {
-            for (row, z) in exp.chunks_exact_mut(columns).enumerate() {
-                // Sixteen running maxima and sums: the compiler may use any vector width for them.
-                let mut tops = [T::neg_infinity(); 16];
-                for z in z.chunks(16) {
-                    for (&z, top) in z.iter().zip(&mut tops) {
-                        *top = if z > *top { z } else { *top };
+        self.vectorised(
+            #[inline(always)]
+            || {
+                for (row, z) in exp.chunks_exact_mut(columns).enumerate() {
+                    // Sixteen running maxima and sums: the compiler may use any vector width for them.
+                    let mut tops = [T::neg_infinity(); 16];
+                    for z in z.chunks(16) {
+                        for (&z, top) in z.iter().zip(&mut tops) {
+                            *top = if z > *top { z } else { *top };
+                        }
                     }
-                }
-                let top = tops.iter().fold(T::neg_infinity(), |max, &z| if z > max { z } else { max });
-                let mut lanes = [T::zero(); 16];
-                for z in z.chunks_mut(16) {
-                    for (z, lane) in z.iter_mut().zip(&mut lanes) {
-                        *z = (*z - top).fast_exp();
-                        *lane += *z;
+                    let top = tops.iter().fold(T::neg_infinity(), |max, &z| if z > max { z } else { max });
+                    let mut lanes = [T::zero(); 16];
+                    for z in z.chunks_mut(16) {
+                        for (z, lane) in z.iter_mut().zip(&mut lanes) {
+                            *z = (*z - top).fast_exp();
+                            *lane += *z;
+                        }
                     }
+                    max[row] = top;
+                    sum[row] = lanes.iter().copied().sum();
                 }
-                max[row] = top;
-                sum[row] = lanes.iter().copied().sum();
-            }
-        });
+            },
+        );
         Tile { vocab, exp, max, sum }
     }
 
@@ -173,18 +176,21 @@ impl<T: Element> Cpu<T> {
                 let mut part = self.alloc(rows, width);
                 for (index, tile) in tiles.iter_mut().enumerate() {
                     let columns = tile.vocab.len();
-                    self.simd.dispatch(|| {
-                        let dlogits = tile.exp.chunks_exact_mut(columns);
-                        for (row, (dlogits, target)) in dlogits.zip(targets).enumerate() {
-                            let factor = (tile.max[row].as_f64() - log_sums[row]).exp() * target.scale;
-                            let factor = T::of(factor);
-                            dlogits.iter_mut().for_each(|e| *e = *e * factor);
-                            if tile.vocab.contains(&target.id) {
-                                let z = &mut dlogits[target.id - tile.vocab.start];
-                                *z = *z - T::of(target.scale);
+                    self.vectorised(
+                        #[inline(always)]
+                        || {
+                            let dlogits = tile.exp.chunks_exact_mut(columns);
+                            for (row, (dlogits, target)) in dlogits.zip(targets).enumerate() {
+                                let factor = (tile.max[row].as_f64() - log_sums[row]).exp() * target.scale;
+                                let factor = T::of(factor);
+                                dlogits.iter_mut().for_each(|e| *e = *e * factor);
+                                if tile.vocab.contains(&target.id) {
+                                    let z = &mut dlogits[target.id - tile.vocab.start];
+                                    *z = *z - T::of(target.scale);
+                                }
                             }
-                        }
-                    });
+                        },
+                    );
                     let mut space =
                         [self.left_space(rows, columns), self.right_space(weight.dtype, columns, width)];
                     let [left_space, right_space] = &mut space;

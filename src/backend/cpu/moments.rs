@@ -27,31 +27,35 @@ impl<T: Element> Cpu<T> {
             .enumerate()
             .filter_map(|(block, (((sum, sum_abs), sum_sq), max_abs))| {
                 let columns = block * COLUMNS..block * COLUMNS + sum.len();
-                self.simd.dispatch(|| {
-                    let mut bad = None;
-                    for (index, rows) in samples.iter().enumerate() {
-                        let [mut s, mut s_abs, mut s_sq] = [[0f64; COLUMNS]; 3];
-                        for row in rows.clone() {
-                            let values = &x[row * width + columns.start..row * width + columns.end];
-                            for (j, &value) in values.iter().enumerate() {
-                                let value = value.as_f64();
-                                s[j] += value;
-                                s_abs[j] += value.abs();
-                                s_sq[j] += value * value;
-                                max_abs[j] = if value.abs() > max_abs[j] { value.abs() } else { max_abs[j] };
+                self.vectorised(
+                    #[inline(always)]
+                    || {
+                        let mut bad = None;
+                        for (index, rows) in samples.iter().enumerate() {
+                            let [mut s, mut s_abs, mut s_sq] = [[0f64; COLUMNS]; 3];
+                            for row in rows.clone() {
+                                let values = &x[row * width + columns.start..row * width + columns.end];
+                                for (j, &value) in values.iter().enumerate() {
+                                    let value = value.as_f64();
+                                    s[j] += value;
+                                    s_abs[j] += value.abs();
+                                    s_sq[j] += value * value;
+                                    max_abs[j] =
+                                        if value.abs() > max_abs[j] { value.abs() } else { max_abs[j] };
+                                }
+                            }
+                            for j in 0..columns.len() {
+                                sum[j] += s[j];
+                                sum_abs[j] += s_abs[j];
+                                sum_sq[j] += s_sq[j];
+                            }
+                            if bad.is_none() && s_abs.iter().any(|s| !s.is_finite()) {
+                                bad = Some(index);
                             }
                         }
-                        for j in 0..columns.len() {
-                            sum[j] += s[j];
-                            sum_abs[j] += s_abs[j];
-                            sum_sq[j] += s_sq[j];
-                        }
-                        if bad.is_none() && s_abs.iter().any(|s| !s.is_finite()) {
-                            bad = Some(index);
-                        }
-                    }
-                    bad
-                })
+                        bad
+                    },
+                )
             })
             .min();
         into.count += samples.iter().map(|rows| rows.len() as u64).sum::<u64>();

@@ -30,14 +30,17 @@ impl<T: Element> Cpu<T> {
         let weight = self.widen_vector(weight);
         let mut out = self.alloc(x.rows, width);
         out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
-            self.simd.dispatch(|| {
-                for (y, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    let r = reciprocal_rms(x, eps);
-                    for j in 0..width {
-                        y[j] = weight[j] * (x[j] * r);
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    for (y, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                        let r = reciprocal_rms(x, eps);
+                        for j in 0..width {
+                            y[j] = weight[j] * (x[j] * r);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         out
     }
@@ -57,19 +60,22 @@ impl<T: Element> Cpu<T> {
         let rows = ROWS * width;
         dx.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(dy.par_chunks(rows)).for_each(|((dx, x), dy)| {
             let mut scaled = vec![T::zero(); width];
-            self.simd.dispatch(|| {
-                let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
-                for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
-                    let r = reciprocal_rms(x, eps);
-                    for j in 0..width {
-                        scaled[j] = weight[j] * dy[j];
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
+                    for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
+                        let r = reciprocal_rms(x, eps);
+                        for j in 0..width {
+                            scaled[j] = weight[j] * dy[j];
+                        }
+                        let along = dot(&scaled, x) * r * r / T::of(width as f64);
+                        for j in 0..width {
+                            store(&mut dx[j], r * (scaled[j] - x[j] * along), add);
+                        }
                     }
-                    let along = dot(&scaled, x) * r * r / T::of(width as f64);
-                    for j in 0..width {
-                        store(&mut dx[j], r * (scaled[j] - x[j] * along), add);
-                    }
-                }
-            });
+                },
+            );
         });
         dx
     }

@@ -141,7 +141,10 @@ impl<T: Element> Cpu<T> {
         if let Some(stored) = T::stored(matrix.dtype, bytes) {
             return Right::Plain(Mat::new(stored, rows.len(), depth).t());
         }
-        self.simd.dispatch(|| T::widen(matrix.dtype, bytes, &mut space[..rows.len() * depth]));
+        self.vectorised(
+            #[inline(always)]
+            || T::widen(matrix.dtype, bytes, &mut space[..rows.len() * depth]),
+        );
         Right::Plain(Mat::new(space, rows.len(), depth).t())
     }
 
@@ -165,18 +168,24 @@ impl<T: Element> Cpu<T> {
             ));
         }
         let size = matrix.dtype.size_bytes();
-        self.simd.dispatch(|| {
-            for (out, bytes) in space.chunks_exact_mut(cols.len()).zip(bytes.chunks_exact(width * size)) {
-                T::widen(matrix.dtype, &bytes[cols.start * size..cols.end * size], out);
-            }
-        });
+        self.vectorised(
+            #[inline(always)]
+            || {
+                for (out, bytes) in space.chunks_exact_mut(cols.len()).zip(bytes.chunks_exact(width * size)) {
+                    T::widen(matrix.dtype, &bytes[cols.start * size..cols.end * size], out);
+                }
+            },
+        );
         Right::Plain(Mat::new(space, rows.len(), cols.len()))
     }
 
     /// A stored vector, widened.
     pub(super) fn widen_vector(&self, vector: &Tensor) -> Buf<T> {
         let mut out = self.alloc(1, vector.len());
-        self.simd.dispatch(|| T::widen(vector.dtype, vector.bytes(), &mut out));
+        self.vectorised(
+            #[inline(always)]
+            || T::widen(vector.dtype, vector.bytes(), &mut out),
+        );
         out
     }
 }
