@@ -30,7 +30,7 @@ pub enum Command {
     Layer(Box<LayerArgs>),
     /// The same for the features of sparse autoencoders (SAEs)
     Sae(Box<SaeArgs>),
-    /// Download what `layer` or `sae` with the same flags reads, for machines without a network
+    /// Download what `layer` with the same flags reads, and SAEs, for machines without a network
     Fetch(Box<FetchArgs>),
     /// Devices, libraries, folders, the hub: what is there, and whether `layer` with the same flags could run
     Doctor(Box<LayerArgs>),

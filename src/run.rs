@@ -7,7 +7,6 @@ mod record;
 mod results;
 mod work;
 
-use std::error::Error as _;
 use std::time::Instant;
 
 use crate::backend::cpu::Cpu;
@@ -64,7 +63,6 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let started = Instant::now();
     let mut target = Target::prepare(&plan.output)?;
     let mut timing = Timing::default();
-    use_threads(plan.threads)?;
 
     // Texts before weights: a dataset that cannot be read says so at once, not after a large model is loaded.
     let opening = Instant::now();
@@ -196,25 +194,6 @@ fn warn_of_few(counts: &TextCounts, plan: &Plan, log: &Log) {
     if (counts.kept as usize) < plan.texts.num_samples {
         let (kept, asked) = (thousands(counts.kept), thousands(plan.texts.num_samples as u64));
         log.warn(&format!("the dataset has {kept} texts to keep, fewer than the {asked} asked for"));
-    }
-}
-
-/// Makes rayon's pool, which everything parallel uses, of this many threads.
-///
-/// A process has one such pool: a second run in it takes the pool as it is, which changes no result.
-fn use_threads(threads: usize) -> Result<()> {
-    let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    match made {
-        // A refusal of the system has a cause; without one the pool was there. (Where there is none, rayon panics
-        // when it is asked for its number of threads.)
-        Err(refusal) if refusal.source().is_some() || rayon::current_num_threads() != threads => {
-            Err(Error::new(format!("cannot start {threads} threads"))
-                .at("--threads")
-                .expected("as many threads as the system grants, the same in all runs of one process")
-                .found(refusal)
-                .hint("leave --threads out for one thread per core"))
-        }
-        _ => Ok(()),
     }
 }
 

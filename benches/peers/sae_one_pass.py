@@ -8,7 +8,9 @@ values      inference mode; blocks after the last wanted layer and the head do n
 gradients   the same, and of dL/df = (dL/dx) W_dec for all features Σ and Σ|·|: the error-preserving splice, so the plain model's
             forward and one backward serve all layers. Weights frozen, the first wanted MLP output is the leaf, head and loss by
             slices as in hf_one_pass.py.
-Features are made for `--rows` tokens at a time, in place: [rows, F] is all that is in memory of [N, F]. `--rows 0`: of a batch at once.
+`--plain`: the SAE as it is written down, linear, relu, threshold, and g @ W_dec, with a new tensor for every step, as a hook in a
+notebook does it. Otherwise
+features are made for `--rows` tokens at a time, in place: [rows, F] is all that is in memory of [N, F]. `--rows 0`: of a batch at once.
 Times compute only, after a warm-up. Letters: N tokens, D hidden size, F features.
 """
 from pathlib import Path
@@ -44,6 +46,26 @@ class BatchTopK:
         for part in g.split(rows or len(g)):
             df = torch.mm(part, self.W_dec, out=scratch.get(len(part), self.features))
             moments.sum_abs[layer] += torch.linalg.vector_norm(df, ord=1, dim=0)
+
+
+class Plain(BatchTopK):
+    """The same, step by step."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        state = torch.load(Path(folder) / "ae.pt", weights_only=True)
+        self.b_enc, self.b_dec = state["encoder.bias"].float(), state["b_dec"].float()
+
+    def add_values(self, moments, layer, x, rows, scratch):
+        x = x.reshape(-1, x.shape[-1])
+        f = torch.relu(torch.nn.functional.linear(x - self.b_dec, self.W_enc.T, self.b_enc))
+        f = f * (f > self.threshold)
+        moments.sum[layer] += f.sum(0)
+
+    def add_gradients(self, moments, layer, g, rows, scratch):
+        df = g.reshape(-1, g.shape[-1]) @ self.W_dec
+        moments.sum[layer] += df.sum(0)
+        moments.sum_abs[layer] += df.abs().sum(0)
 
 
 class Scratch:
@@ -102,6 +124,7 @@ def main():
     p.add_argument("--sae", required=True, help="folder of a layer's ae.pt, with {layer}")
     p.add_argument("--layers", required=True, help="comma list")
     p.add_argument("--rows", type=int, default=512, help="tokens whose features are in memory at a time; 0: a batch's")
+    p.add_argument("--plain", action="store_true", help="step by step, whole batches, a new tensor for each step")
     p.add_argument("--loss_rows", type=int, default=128, help="head and loss by hand, this many tokens at a time")
     args = p.parse_args()
     watcher = Anonymous()
@@ -111,7 +134,8 @@ def main():
     batches = [torch.tensor(rows) for rows in batches]
     tokens = sum(b.numel() for b in batches)
     model = load_model(args).requires_grad_(False)
-    saes = {int(i): BatchTopK(args.sae.replace("{layer}", i)) for i in args.layers.split(",")}
+    kind = Plain if args.plain else BatchTopK
+    saes = {int(i): kind(args.sae.replace("{layer}", i)) for i in args.layers.split(",")}
     count, features = model.config.num_hidden_layers, next(iter(saes.values())).features
     if args.mode == "values":
         model.model.layers = model.model.layers[:max(saes) + 1]
@@ -125,7 +149,7 @@ def main():
             return values(model, batches, saes, moments, args.rows, scratch), moments
         return gradients(model, batches, saes, of_values, moments, args.rows, scratch, args.loss_rows), moments
 
-    extra = dict(peer="sae_one_pass", layers=list(saes), features=features, rows=args.rows, loss_rows=args.loss_rows)
+    extra = dict(peer="sae_one_pass", layers=list(saes), features=features, rows=args.rows, loss_rows=args.loss_rows, plain=args.plain)
     timed(run, args, tokens, extra, watcher)
 
 

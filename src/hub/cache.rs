@@ -31,7 +31,7 @@ pub(super) struct Folder {
 
 impl Folder {
     pub fn new(cache: &Path, repo: &RepoSpec) -> Self {
-        let name = format!("{}s--{}", repo.kind.noun(), repo.id.replace('/', "--"));
+        let name = format!("{}--{}", repo.kind.folder(), repo.id.replace('/', "--"));
         Self { root: cache.join(&name), locks: cache.join(".locks").join(&name) }
     }
 

@@ -69,7 +69,7 @@ struct Large {
 impl Listing {
     /// Asks the hub.
     pub fn of(client: &Client, endpoint: &str, spec: &RepoSpec) -> Result<Self, Failure> {
-        let repository = format!("{endpoint}/api/{}s/{}", spec.kind.noun(), escape(&spec.id));
+        let repository = format!("{endpoint}/api/{}/{}", spec.kind.folder(), escape(&spec.id));
         let facts = format!("{repository}/revision/{}?blobs=true", escape_all(&spec.revision));
         let (Facts { sha, siblings }, _) = client.page(&facts)?;
         let commit = sha.filter(|sha| is_commit(sha)).ok_or_else(|| {

@@ -44,6 +44,8 @@ pub enum Kind {
     Model,
     /// Texts.
     Dataset,
+    /// Sparse autoencoders: a repository of models too.
+    Saes,
 }
 
 impl Kind {
@@ -52,13 +54,22 @@ impl Kind {
         match self {
             Self::Model => "model",
             Self::Dataset => "dataset",
+            Self::Saes => "repository of SAEs",
+        }
+    }
+
+    /// Its part of addresses of the interface, and what names of folders in the cache begin with.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Model | Self::Saes => "models",
+            Self::Dataset => "datasets",
         }
     }
 
     /// What addresses have before the id.
     fn prefix(self) -> &'static str {
         match self {
-            Self::Model => "",
+            Self::Model | Self::Saes => "",
             Self::Dataset => "datasets/",
         }
     }
@@ -210,6 +221,12 @@ impl Hub {
                     }
                     Kind::Dataset => {
                         format!("where there is a network: gradlens fetch --dataset {}", spec.id)
+                    }
+                    Kind::Saes => {
+                        format!(
+                            "where there is a network: gradlens fetch --sae {}; there is no such path here",
+                            spec.id
+                        )
                     }
                 })
             });

@@ -1,6 +1,8 @@
 //! What this machine has.
 
-use crate::error::{Context, Result};
+use std::error::Error as _;
+
+use crate::error::{Context, Error, Result};
 
 /// 2³⁰ bytes.
 pub(super) const GIB: f64 = (1u64 << 30) as f64;
@@ -23,4 +25,23 @@ pub(super) fn free_memory() -> Result<u64> {
 /// Cores that this process may use.
 pub(super) fn num_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Makes rayon's pool, which everything parallel uses, of this many threads.
+///
+/// A process has one such pool: a second run in it takes the pool as it is, which changes no result.
+pub(super) fn use_threads(threads: usize) -> Result<()> {
+    let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    match made {
+        // A refusal of the system has a cause; without one the pool was there. (Where there is none, rayon panics
+        // when it is asked for its number of threads.)
+        Err(refusal) if refusal.source().is_some() || rayon::current_num_threads() != threads => {
+            Err(Error::new(format!("cannot start {threads} threads"))
+                .at("--threads")
+                .expected("as many threads as the system grants, the same in all runs of one process")
+                .found(refusal)
+                .hint("leave --threads out for one thread per core"))
+        }
+        _ => Ok(()),
+    }
 }

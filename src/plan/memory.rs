@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use super::saes::SaeNeeds;
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
 use crate::model::op::{Block, Fused, Op, Site, Weight};
@@ -77,6 +78,8 @@ pub struct Demand<'a> {
     pub slow_weights: bool,
     /// Bytes the run may take.
     pub budget_bytes: u64,
+    /// What SAEs take, if there are any.
+    pub features: Option<&'a SaeNeeds>,
 }
 
 /// Chooses the pass size, the layers that keep their weights, and those that keep their activations. Where even the
@@ -97,13 +100,15 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
     let peak = peak_bytes(backend, &program, gradients);
     let constant = backend.statistics_bytes(spec, demand.engine.layers.len(), gradients)
-        + backend.rope_bytes(spec.inv_freq.len(), longest);
+        + backend.rope_bytes(spec.inv_freq.len(), longest)
+        + demand.features.map_or(0, |needs| needs.sums_bytes);
     let workspace = |chunk: usize| {
         let loss = match gradients {
             true => backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk),
             false => 0,
         };
-        constant + chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss
+        let features = demand.features.map_or(0, |needs| needs.workspace_bytes(chunk));
+        constant + chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss + features
     };
     let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
@@ -114,7 +119,7 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let kept: Vec<u64> = program.blocks.iter().map(|block| kept_bytes(backend, block)).collect();
     let activations = |tokens: usize, keep_from: usize| {
         let bytes: u64 = backward.clone().map(|l| if l < keep_from { residual } else { kept[l] }).sum();
-        tokens as u64 * (bytes + residual)
+        tokens as u64 * (bytes + residual + demand.features.map_or(0, |needs| needs.bytes_per_token))
     };
     let all_recompute = backward.end;
 
@@ -294,6 +299,7 @@ mod tests {
             num_samples: 1_000_000,
             slow_weights: true,
             budget_bytes,
+            features: None,
         }
     }
 

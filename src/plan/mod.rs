@@ -37,7 +37,8 @@ use crate::stats::Quantity;
 use crate::transform::{NormaliseMode, TransformSpec, power};
 use checkpoint::ModelFiles;
 use corpus::Corpus;
-use machine::{GIB, free_memory, num_cores};
+use machine::{GIB, free_memory, num_cores, use_threads};
+use saes::SaeChoice;
 use show::ranges;
 
 /// A layer analysis, ready to run: every stage's input, and what the user should know before it starts.
@@ -142,6 +143,8 @@ impl Plan {
         }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
         at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
+        let threads = args.machine.threads.unwrap_or_else(num_cores);
+        use_threads(threads)?;
         let devices = match sae {
             Some(_) => saes::device(&args.machine, &mut warnings)?,
             None => Devices::resolve(&args.machine, &mut warnings)?,
@@ -180,17 +183,15 @@ impl Plan {
         let spec = describe(&config);
         let mut layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
         let mut label = layers_label(args.layers.as_deref(), config.num_layers);
-        let sae = match (sae, embedded) {
-            (None, _) => None,
-            (Some(sae), Some(demo)) => Some(SaePlan::embedded(sae, demo, &config)?),
-            (Some(sae), None) => Some(SaePlan::resolve(sae, &config, fetcher)?),
+        let choice = match sae.filter(|_| embedded.is_none()) {
+            Some(sae) => Some((sae, SaeChoice::find(sae, &config, fetcher)?)),
+            None => None,
         };
-        if let Some(sae) = &sae {
-            layers.clone_from(&sae.layers);
+        if let Some((_, choice)) = &choice {
+            layers = choice.layers();
             if args.layers.is_none() {
                 label = layers_label(Some(&ranges(&layers)), config.num_layers);
             }
-            notes.extend(sae.notes());
         }
         let corpus = match embedded {
             Some(demo) => Corpus::Embedded(demo),
@@ -221,6 +222,7 @@ impl Plan {
         };
         files.check_weights()?;
         corpus.check(&texts, fetcher)?;
+        choice.iter().try_for_each(|(_, choice)| choice.check())?;
         let to_come = files.missing_weights() != (0, 0);
         let mut download_s = None;
         if to_come && !args.dry_run {
@@ -231,6 +233,11 @@ impl Plan {
         } else if !to_come {
             files.fetch_weights(fetcher)?;
         }
+        let sae = match (sae, embedded, choice) {
+            (Some(sae), Some(demo), _) => Some(SaePlan::embedded(sae, demo, &config)?),
+            (_, _, Some((sae, choice))) => Some(choice.open(sae, &config, fetcher)?),
+            _ => None,
+        };
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
         if !(to_come && args.dry_run) {
@@ -266,8 +273,11 @@ impl Plan {
             keep_from: 0,
             resident_layers: 0,
         };
-        let cpu_bytes = sae.as_ref().map_or(0, |sae| sae.bytes(quantity, args.aggregation_mode));
-        let mut memory = devices.plan(&memory::Demand {
+        if let Some(sae) = &sae {
+            notes.extend(sae.notes());
+            warnings.extend(sae.warnings(quantity));
+        }
+        let memory = devices.plan(&memory::Demand {
             spec: &spec,
             engine: &engine,
             head_dim: config.head_dim,
@@ -276,13 +286,9 @@ impl Plan {
             max_positions: config.max_position_embeddings,
             num_samples,
             slow_weights: weight_bytes > free_bytes,
-            budget_bytes: budget_bytes.saturating_sub(cpu_bytes),
+            budget_bytes,
+            features: sae.as_ref().map(|sae| sae.needs(quantity, args.aggregation_mode)).as_ref(),
         })?;
-        if let Some(sae) = &sae {
-            let (mode, pass) = (args.aggregation_mode, memory.tokens_per_pass);
-            memory.workspace_bytes += sae.work_bytes(quantity, mode, memory.chunk_tokens, pass);
-            memory.budget_bytes = budget_bytes;
-        }
         memory.set(&mut engine);
         Ok(Self {
             texts,
@@ -302,7 +308,7 @@ impl Plan {
                 power: powers.first().copied(),
             },
             output,
-            threads: args.machine.threads.unwrap_or_else(num_cores),
+            threads,
             devices,
             memory,
             dry_run: args.dry_run,

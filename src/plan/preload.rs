@@ -65,7 +65,10 @@ pub fn preload(args: &FetchArgs, fetcher: &Fetcher) -> Result<()> {
         let place = place(Some(saes.repo.snapshot()));
         log.out(&format!("SAEs     {files} files of {}, {}, {place}", saes.repo.id(), size(bytes)));
     }
-    log.out("with HF_HUB_OFFLINE=1 and the same cache, `gradlens layer` with these flags asks the hub for nothing");
+    let command = if args.sae.is_some() { "`gradlens layer` and `gradlens sae`" } else { "`gradlens layer`" };
+    log.out(&format!(
+        "with HF_HUB_OFFLINE=1 and the same cache, {command} with these flags asks the hub for nothing"
+    ));
     Ok(())
 }
 
@@ -112,7 +115,7 @@ impl Saes {
                 .found(if Path::new(sae).exists() { "a path on this machine" } else { "no id" })
                 .hint("files on this machine need no fetching: leave --sae out"));
         };
-        let repo = fetcher.open(RepoKind::Model, &id, revision)?;
+        let repo = fetcher.open(RepoKind::Saes, &id, revision)?;
         let has_ending =
             |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending));
         let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));

@@ -8,17 +8,20 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::fetch::Fetcher;
+use super::show::ranges;
 use super::{Devices, Embedded, layers, sites};
 use crate::backend::cpu::Cpu;
 use crate::backend::{SaeBackend, SaeGradient};
 use crate::cli::{MachineArgs, SaeArgs, SaeSplice};
 use crate::error::{Error, Result};
 use crate::model::Config;
+use crate::model::sae::SaeWeights;
+use crate::output::report::every;
 use crate::stats::{Quantity, SaeSpec};
 use crate::transform::AggregationMode;
 use crate::units::{size, thousands};
 use crate::weights::sae::{self, Sae, SaeOptions};
-use place::{Brought, Place};
+use place::{Asked, Brought, Place};
 pub(super) use place::{ENDINGS, hub_parts, is_below};
 
 /// The SAEs of a run, and what is asked of them.
@@ -45,12 +48,22 @@ pub struct SaePlan {
     pub position_stride: usize,
 }
 
-impl SaePlan {
-    /// Finds and opens the SAEs of the wanted layers; brings those on the hub, unless `dry_run`.
+/// Which SAEs are meant: known before anything large is brought.
+pub(super) struct SaeChoice {
+    name: String,
+    place: Place,
+    options: SaeOptions,
+    /// Paths, by layer.
+    chosen: BTreeMap<usize, String>,
+    found_s: f64,
+}
+
+impl SaeChoice {
+    /// Finds the SAEs of the wanted layers.
     ///
     /// # Errors
-    /// SAEs that are not there, cannot be read, are of another width, or belong to a place that cannot be looked at.
-    pub(super) fn resolve(args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<Self> {
+    /// Flags that make no sense; SAEs that are not there.
+    pub fn find(args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<Self> {
         let started = Instant::now();
         if args.position_stride == 0 {
             return Err(Error::usage("a number is too small")
@@ -64,18 +77,45 @@ impl SaePlan {
                 .expected("a finite number above 0")
                 .found(scale));
         }
-        let wanted = args
-            .layer
-            .layers
-            .as_deref()
-            .map(|flag| layers::parse(Some(flag), model.num_layers))
-            .transpose()?;
-        let (name, place) = Place::find(args, fetcher)?;
+        if let Some(site) = &args.site {
+            sites::find(site, "--site")?;
+        }
+        let flag = args.layer.layers.as_deref();
+        let wanted = flag.map(|flag| layers::parse(Some(flag), model.num_layers)).transpose()?;
         let options =
             SaeOptions { norm_scale: args.sae_norm_scale, llamascope_convention: args.llamascope_convention };
-        let chosen = place.choose(&name, wanted.as_deref(), &options, model)?;
-        let Brought { root, commit, to_come } = place.bring(&chosen, args.layer.dry_run, fetcher)?;
-        let layers = chosen.keys().copied().collect();
+        let (name, place) = Place::find(args, fetcher)?;
+        let asked = Asked {
+            wanted: wanted.as_deref(),
+            site: args.site.as_deref(),
+            options: &options,
+            model,
+            dry_run: args.layer.dry_run,
+        };
+        let chosen = place.choose(&name, &asked, fetcher)?;
+        Ok(Self { name, place, options, chosen, found_s: started.elapsed().as_secs_f64() })
+    }
+
+    /// Layers that have one, ascending.
+    pub fn layers(&self) -> Vec<usize> {
+        self.chosen.keys().copied().collect()
+    }
+
+    /// Fails where their files could not be brought: without a network, or without room on the disk.
+    pub fn check(&self) -> Result<()> {
+        self.place.check(&self.chosen)
+    }
+
+    /// Brings the SAEs, unless in a dry run, and opens them.
+    ///
+    /// # Errors
+    /// SAEs that cannot be read, are of another width, or belong to a place that cannot be looked at.
+    pub fn open(self, args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<SaePlan> {
+        let started = Instant::now();
+        let Brought { root, commit, to_come } =
+            self.place.bring(&self.chosen, args.layer.dry_run, fetcher)?;
+        let layers = self.layers();
+        let Self { name, options, chosen, found_s, .. } = self;
         let mut saes = BTreeMap::new();
         let mut site = None;
         for (layer, path) in chosen.into_iter().filter(|_| to_come.0 == 0) {
@@ -93,10 +133,13 @@ impl SaePlan {
             }
             saes.insert(layer, sae);
         }
-        let loading_s = started.elapsed().as_secs_f64();
-        Ok(Self { commit, loading_s, layers, saes, to_come, ..Self::of(args, name, site.unwrap_or("mlp")) })
+        let loading_s = found_s + started.elapsed().as_secs_f64();
+        let plan = SaePlan::of(args, name, site.unwrap_or("mlp"));
+        Ok(SaePlan { commit, loading_s, layers, saes, to_come, ..plan })
     }
+}
 
+impl SaePlan {
     /// The SAEs of the demo.
     pub(super) fn embedded(args: &SaeArgs, demo: Embedded, model: &Config) -> Result<Self> {
         let mut saes = BTreeMap::new();
@@ -128,12 +171,6 @@ impl SaePlan {
 }
 
 impl SaePlan {
-    /// What the sums of all layers take, in bytes, and what waits for its gradient in a pass.
-    pub(super) fn bytes(&self, quantity: Quantity, mode: AggregationMode) -> u64 {
-        let spec = self.spec(quantity, mode);
-        self.saes.values().map(|sae| spec.bytes(sae.weights.num_features())).sum()
-    }
-
     /// What the statistics are asked for.
     pub fn spec(&self, quantity: Quantity, mode: AggregationMode) -> SaeSpec {
         SaeSpec {
@@ -152,7 +189,31 @@ impl SaePlan {
         let of = |(layer, sae): (&usize, &Sae)| -> Vec<String> {
             sae.about.notes.iter().map(|note| format!("SAE of layer {layer}: {note}")).collect()
         };
-        self.saes.iter().flat_map(of).collect()
+        let mut notes: Vec<String> = self.saes.iter().flat_map(of).collect();
+        let without: Vec<usize> =
+            self.saes.iter().filter(|(_, sae)| sae.about.without_bos).map(|(layer, _)| *layer).collect();
+        if !without.is_empty() {
+            notes.push(format!(
+                "the SAEs of layers {} were trained without the first token of texts (BOS), where their features mean \
+                 nothing; position 0 of each sample is counted all the same",
+                ranges(&without)
+            ));
+        }
+        notes
+    }
+
+    /// Flags that change nothing.
+    pub(super) fn warnings(&self, quantity: Quantity) -> Vec<String> {
+        let values = quantity == Quantity::Values;
+        let idle = [
+            ("--sae_splice replace", values && self.splice == SaeSplice::Replace),
+            (
+                "--sae_gradient active",
+                quantity != Quantity::Gradients && self.gradient == SaeGradient::Active,
+            ),
+        ];
+        let idle = idle.into_iter().filter(|(_, idle)| *idle);
+        idle.map(|(flag, _)| format!("{flag} changes nothing of {quantity}")).collect()
     }
 
     /// Whether the model is run anew for each layer.
@@ -178,26 +239,53 @@ impl SaePlan {
         format!("{}{splice}", self.site)
     }
 
-    /// Bytes that the backend and the walks need besides the model's own, for chunks and passes of so many tokens.
-    pub(super) fn work_bytes(
-        &self,
-        quantity: Quantity,
-        mode: AggregationMode,
-        chunk: usize,
-        pass: usize,
-    ) -> u64 {
-        let (cpu, spec) = (Cpu::<f32>::new(), self.spec(quantity, mode));
-        let of = |sae: &Sae| cpu.sae_workspace_bytes(&sae.weights, chunk);
-        let workspace = self.saes.values().map(of).max().unwrap_or(0);
+    /// Multiply-adds ×2 for the features of a position, all layers together: the products that no one is spared.
+    pub(super) fn flops_per_position(&self, quantity: Quantity, mode: AggregationMode) -> u64 {
+        let spec = self.spec(quantity, mode);
+        let products = match quantity {
+            _ if spec.signed_sums_alone => 0,
+            // Where it fires only: next to nothing.
+            Quantity::Values => 1,
+            Quantity::Gradients | Quantity::Attribution => 1 + u64::from(spec.gradient == SaeGradient::All),
+        };
+        let product = |sae: &Sae| 2 * (sae.weights.num_features() * sae.weights.width()) as u64;
+        self.saes.values().map(|sae| products * product(sae)).sum()
+    }
+
+    /// What all of this takes.
+    pub(super) fn needs(&self, quantity: Quantity, mode: AggregationMode) -> SaeNeeds {
+        let spec = self.spec(quantity, mode);
         let row = |sae: &Sae| (sae.weights.width() * size_of::<f32>()) as u64;
         let widest = self.saes.values().map(row).max().unwrap_or(0);
-        // Values that wait for their gradients; of a branch, what the site's layer and the walk below it hold.
         let waiting = self.saes.values().filter(|sae| spec.waits(&sae.weights)).map(row);
-        let rows: u64 = match self.is_spliced(quantity) {
-            true => 4 * widest + if waiting.count() > 0 { widest } else { 0 },
+        let bytes_per_token = match self.is_spliced(quantity) {
+            // Of a branch, what the site's layer and the walk below it hold, and perhaps the site's value.
+            true => 4 * widest + waiting.max().unwrap_or(0),
             false => waiting.sum(),
         };
-        workspace + pass as u64 * rows
+        SaeNeeds {
+            sums_bytes: self.saes.values().map(|sae| spec.bytes(sae.weights.num_features())).sum(),
+            bytes_per_token,
+            saes: self.saes.values().map(|sae| sae.weights.clone()).collect(),
+        }
+    }
+}
+
+/// What SAEs take besides the model's own memory, in bytes.
+#[derive(Clone, Debug)]
+pub struct SaeNeeds {
+    /// The sums of all layers.
+    pub sums_bytes: u64,
+    /// For each token of a pass: values that wait for their gradients, branches.
+    pub bytes_per_token: u64,
+    saes: Vec<SaeWeights>,
+}
+
+impl SaeNeeds {
+    /// For the work on a chunk of so many tokens.
+    pub fn workspace_bytes(&self, chunk_tokens: usize) -> u64 {
+        let cpu = Cpu::<f32>::new();
+        self.saes.iter().map(|sae| cpu.sae_workspace_bytes(sae, chunk_tokens)).max().unwrap_or(0)
     }
 }
 
@@ -231,7 +319,7 @@ impl fmt::Display for SaePlan {
         write!(f, "up to {}", size(most))?;
         match self.position_stride {
             1 => Ok(()),
-            stride => write!(f, "; every {stride}th position"),
+            stride => write!(f, "; {} position", every(stride)),
         }
     }
 }
@@ -277,11 +365,12 @@ fn check(sae: &Sae, layer: usize, site: Option<&str>, model: &Config) -> Result<
     let site = match (site, named, hook) {
         (Some(site), _, _) => sites::find(site, "--site")?.0,
         (None, Some((site, _)), Some(hook)) => sites::find(site, &format!("{place} ({hook})"))?.0,
-        (None, _, found) => {
+        (None, None, Some(hook)) => return Err(sites::unseen(hook, &place)),
+        (None, _, None) => {
             return Err(Error::new("the SAE's files do not say which place in the model it belongs to")
                 .at(place)
                 .expected("a hook point such as mlp_out_layer_3, layers.3.mlp or blocks.3.hook_mlp_out")
-                .found(found.unwrap_or("none"))
+                .found("none")
                 .hint("say it with --site, for example --site mlp_out"));
         }
     };

@@ -56,25 +56,15 @@ impl fmt::Display for Plan {
         row(
             "memory",
             format!(
-                "{}{}activations {}, workspace {} (budget {})",
+                "{}activations {}, workspace {}{} (budget {})",
                 self.weights_there(),
-                self.sae.as_ref().map_or(String::new(), |sae| {
-                    format!("SAE features {}, ", size(sae.bytes(self.quantity, self.transform.mode)))
-                }),
                 size(m.activation_bytes),
                 size(m.workspace_bytes),
+                self.sums(),
                 size(m.budget_bytes)
             ),
         )?;
-        let flops = self.spec.flops_per_token() as f64 / 1e9;
-        let head = self.spec.head_flops_per_token() as f64 / 1e9;
-        row(
-            "work",
-            match self.engine.gradients {
-                false => format!("up to {flops:.3} GFLOP per token, forward"),
-                true => format!("{:.3} GFLOP per token forward, up to as much backward", flops + head),
-            },
-        )?;
+        row("work", self.work())?;
         row("output", self.destination())
     }
 }
@@ -85,6 +75,18 @@ impl Plan {
         let commit =
             self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
         format!("{} ({}{commit})", self.model_name, self.config.model_type)
+    }
+
+    /// Of the workspace, what the sums over SAE features take.
+    fn sums(&self) -> String {
+        match &self.sae {
+            Some(sae) if sae.to_come.0 > 0 => " and what SAEs take, known when they are here".into(),
+            Some(sae) => {
+                let needs = sae.needs(self.quantity, self.transform.mode);
+                format!(", {} of it sums over SAE features", size(needs.sums_bytes))
+            }
+            None => String::new(),
+        }
     }
 
     /// What the numbers are of: `values`, `gradients of active features`.
@@ -141,6 +143,31 @@ impl Plan {
         types.sort_unstable();
         types.dedup();
         types.join(" and ")
+    }
+
+    /// Products per token, in units of 10⁹ multiplications and additions.
+    fn work(&self) -> String {
+        let flops = self.spec.flops_per_token() as f64 / 1e9;
+        let head = self.spec.head_flops_per_token() as f64 / 1e9;
+        let model = match self.engine.gradients {
+            false => format!("up to {flops:.3} GFLOP per token, forward"),
+            true => format!("{:.3} GFLOP per token forward, up to as much backward", flops + head),
+        };
+        let Some(sae) = &self.sae else { return model };
+        let features = sae.flops_per_position(self.quantity, self.transform.mode) as f64 / 1e9;
+        let features = format!("{model}; {features:.3} for SAE features");
+        if !sae.is_spliced(self.quantity) {
+            return features;
+        }
+        // From each layer on, forward and backward.
+        let above = |layer: usize| (self.spec.blocks.len() - layer) as f64 / self.spec.blocks.len() as f64;
+        let again: f64 = sae.layers.iter().map(|&layer| 2.0 * (above(layer) * flops + head)).sum();
+        format!(
+            "{:.3} GFLOP per token forward; up to {again:.3} for the rest of the model from each layer on, forward and \
+             backward{}",
+            flops + head,
+            features.strip_prefix(&model).unwrap_or_default()
+        )
     }
 
     fn statistics(&self) -> String {

@@ -50,20 +50,27 @@ pub(super) fn named(hook: &str) -> Option<(&'static str, usize)> {
     })
 }
 
-/// The site of that name.
+/// Whether this program can show the site of that name.
+pub(super) fn is_shown(name: &str) -> bool {
+    SITES.iter().any(|(site, _)| *site == name)
+}
+
+/// The site of that name; `of`: who names it.
 ///
 /// # Errors
-/// None that this program can show; `of`: who names it.
+/// None that this program can show.
 pub(super) fn find(name: &str, of: &str) -> Result<(&'static str, Site)> {
-    let known = SITES.iter().find(|(site, _)| *site == name);
-    known.copied().ok_or_else(|| {
-        let sites: Vec<&str> = SITES.iter().map(|(site, _)| *site).collect();
-        Error::usage("this place in the model cannot be looked at")
-            .at(of)
-            .expected(format!("one of {}", sites.join(", ")))
-            .found(name)
-            .hint("the MLP's output is the only site so far; SAEs of other places need theirs")
-    })
+    SITES.iter().find(|(site, _)| *site == name).copied().ok_or_else(|| unseen(name, of))
+}
+
+/// The error for a place that cannot be shown.
+pub(super) fn unseen(name: &str, of: &str) -> Error {
+    let sites: Vec<&str> = SITES.iter().map(|(site, _)| *site).collect();
+    Error::new("this place in the model cannot be looked at")
+        .at(of)
+        .expected(format!("one of {}", sites.join(", ")))
+        .found(name)
+        .hint("the MLP's output is the only site so far; SAEs of other places need theirs")
 }
 
 #[cfg(test)]

@@ -270,29 +270,134 @@ fn several_saes_of_a_layer() {
     dir.ok(&format!("{SAE} --sae {BATCH_TOPK} --dry_run"));
 }
 
+/// Changes the configuration of dictionary_learning at `path`.
+fn edit(dir: &Dir, path: &str, change: impl FnOnce(&mut Value)) {
+    let mut config = files::json(&dir.path(path));
+    change(&mut config);
+    dir.write(path, config.to_string());
+}
+
 #[test]
 fn saes_of_another_layer_or_place() {
     let dir = with("dl_batchtopk");
-    // llama3's hidden size is another one.
-    let other = Dir::with("yi");
-    copy(&dir.path("saes"), &other.path("saes"));
-    let hidden = files::json(&other.path("model/config.json"))["hidden_size"].as_u64().unwrap();
-    if hidden == 48 {
-        let mut config = files::json(&dir.path("saes/mlp_out_layer_1/trainer_0/config.json"));
+    edit(&dir, "saes/mlp_out_layer_1/trainer_0/config.json", |config| {
         config["trainer"]["layer"] = json!(2);
         config["trainer"]["submodule_name"] = json!("mlp_out_layer_2");
-        dir.write("saes/mlp_out_layer_1/trainer_0/config.json", config.to_string());
-        let says =
-            ["of another layer", "expected: an SAE of layer 1", "found:    layer 2", "where {layer} stands"];
-        dir.refuse(1, &format!("{SAE} --sae {BATCH_TOPK}"), &says);
+    });
+    let says =
+        ["of another layer", "expected: an SAE of layer 1", "found:    layer 2", "where {layer} stands"];
+    dir.refuse(1, &format!("{SAE} --sae {BATCH_TOPK}"), &says);
+    let third = format!("{SAE} --sae {BATCH_TOPK} --layers 3");
+    for place in ["resid_post_layer_3", "blocks.3.hook_resid_pre", "blocks.3.ln2.hook_normalized"] {
+        edit(&dir, "saes/mlp_out_layer_3/trainer_0/config.json", |config| {
+            config["trainer"]["submodule_name"] = json!(place);
+        });
+        dir.refuse(1, &third, &["this place in the model cannot be looked at", "one of mlp, mlp_out"]);
     }
-    let mut config = files::json(&dir.path("saes/mlp_out_layer_3/trainer_0/config.json"));
-    config["trainer"]["submodule_name"] = json!("resid_post_layer_3");
-    dir.write("saes/mlp_out_layer_3/trainer_0/config.json", config.to_string());
-    let says = ["this place in the model cannot be looked at", "resid_post", "one of mlp, mlp_out"];
-    dir.refuse(2, &format!("{SAE} --sae {BATCH_TOPK} --layers 3"), &says);
-    dir.refuse(2, &format!("{SAE} --sae {BATCH_TOPK} --layers 3 --site resid_pre"), &["--site", "resid_pre"]);
-    dir.ok(&format!("{SAE} --sae {BATCH_TOPK} --layers 3 --site mlp --dry_run"));
+    dir.refuse(1, &format!("{third} --site resid_pre"), &["--site", "resid_pre"]);
+    dir.ok(&format!("{third} --site mlp --dry_run"));
+    // The input of the module is another place than its output.
+    edit(&dir, "saes/mlp_out_layer_3/trainer_0/config.json", |config| {
+        config["trainer"]["submodule_name"] = json!("mlp_out_layer_3");
+        config["buffer"]["io"] = json!("in");
+    });
+    dir.refuse(1, &third, &["this place in the model cannot be looked at", "input of mlp_out_layer_3"]);
+    dir.ok(&format!("{third} --site mlp --dry_run"));
+}
+
+/// Of SAEs of several places, those of a place that can be looked at are meant.
+#[test]
+fn places_that_cannot_be_looked_at_are_left_alone() {
+    let dir = with("sparsify_topk");
+    for layer in [1, 3] {
+        let from = dir.path(&format!("saes/layers.{layer}.mlp"));
+        copy(&from, &dir.path(&format!("saes/layers.{layer}")));
+        copy(&from, &dir.path(&format!("saes/layers.{layer}.self_attn")));
+    }
+    dir.ok(&format!("{SAE} --sae saes --dry_run")).out("layers       2 of 4: 1,3");
+}
+
+/// A folder without a layer's number: the files tell it.
+#[test]
+fn layers_that_only_files_tell() {
+    let dir = with("dl_batchtopk");
+    for (layer, name) in [(1, "a"), (3, "b")] {
+        copy(
+            &dir.path(&format!("saes/mlp_out_layer_{layer}/trainer_0")),
+            &dir.path(&format!("plain/{name}/trainer_0")),
+        );
+    }
+    dir.ok(&format!("{SAE} --sae plain --dry_run")).out("layers       2 of 4: 1,3");
+}
+
+/// The number of threads changes nothing, and can be chosen.
+#[test]
+fn any_number_of_threads() {
+    let dir = with("dl_standard");
+    let mut all = Vec::new();
+    for threads in [1, 3] {
+        let flags =
+            format!("--aggregate_by attribution --threads {threads} --save_outputs --output_dir t{threads}");
+        dir.ok(&format!("{SAE} --sae saes {flags}"));
+        all.push(files::numbers(&dir.made_sae(&format!("t{threads}"))));
+    }
+    assert!(all[0] == all[1]);
+}
+
+/// In every quantity, of features that decide one by one and of such that compete.
+#[test]
+fn numbers_that_are_none_are_found() {
+    for case in ["lens_standard", "lens_topk"] {
+        let dir = with(case);
+        let file = dir.path("saes/blocks.1.hook_mlp_out/sae_weights.safetensors");
+        files::set_element(&file, "W_enc", 5, f32::NAN);
+        for flags in [
+            "",
+            "--position_stride 200",
+            "--aggregate_by gradients",
+            "--aggregate_by attribution",
+            "--aggregate_by gradients --sae_splice replace",
+        ] {
+            let says = ["not a finite number in the values of the SAE's features", "layer 1, sample 0"];
+            dir.refuse(1, &format!("{SAE} --sae saes {flags} --save_outputs --output_dir new"), &says);
+        }
+        assert!(!dir.path("new").exists());
+    }
+}
+
+/// There is no variance to explain where every sample's position 0 is all that is looked at.
+#[test]
+fn a_check_without_tokens() {
+    let dir = with("dl_batchtopk");
+    let run = dir.ok(&format!("{SAE} --sae saes --position_stride 200 --save_outputs --output_dir out"));
+    run.check(
+        !run.stdout.contains("how the SAEs fit") && !run.stderr.contains("does not fit"),
+        "nothing to say",
+    );
+    let sae = &files::json(&dir.made_sae("out").join("metadata.json"))["run_info"]["sae"];
+    assert_eq!([&sae["layers"]["layer_1"]["fvu"], &sae["layers"]["layer_1"]["l0"]], [&Value::Null; 2]);
+}
+
+#[test]
+fn flags_that_change_nothing_are_said() {
+    let dir = with("dl_batchtopk");
+    let run = dir.ok(&format!("{SAE} --sae saes --sae_splice replace --sae_gradient active --dry_run"));
+    run.err("--sae_splice replace changes nothing of values");
+    run.err("--sae_gradient active changes nothing of values");
+}
+
+/// What waits for its gradient counts in the budget: less is kept of the model.
+#[test]
+fn the_budget_holds_what_saes_take() {
+    let dir = with("dl_topk");
+    let flags = "--aggregate_by attribution --tokens_per_pass 60000 --num_samples 100000 --dry_run";
+    let row = |memory: &str| {
+        let run = dir.ok(&format!("{SAE} --sae saes {flags} --memory {memory}"));
+        let line = run.stdout.lines().find(|line| line.starts_with("pass")).unwrap().to_owned();
+        line
+    };
+    assert!(row("8").ends_with("activations kept"), "{}", row("8"));
+    assert!(row("0.05").ends_with("activations computed again"), "{}", row("0.05"));
 }
 
 #[test]

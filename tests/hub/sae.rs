@@ -93,6 +93,32 @@ fn a_run_fetches_the_saes_of_its_layers() {
     world.fails(&format!("sae --sae {SAES} --sae_revision other"), &[SAES, "other"]);
 }
 
+/// A repository that is one SAE, whose layer only its configuration tells.
+#[test]
+fn a_repository_of_one_sae() {
+    let world = World::new();
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sae/lens_topk/blocks.3.hook_mlp_out");
+    let files = ["cfg.json", "sae_weights.safetensors"]
+        .map(|name| (name.to_owned(), Content::new(name, fs::read(folder.join(name)).unwrap())));
+    world.hub.add(Repository::new(Kind::Model, SAES, files.into_iter().collect()));
+    let run = format!("sae --num_samples 3 --sae {SAES}");
+    world.misuse(&format!("{run} --dry_run"), &["do not tell their layers", "--layers"]);
+    world.ok(&format!("{run} --layers 3 --dry_run")).out("to be downloaded");
+    world.ok(&run).out("    3        96");
+    world.misuse(&format!("{run} --layers 1"), &["this is the SAE of one layer", "layer 3"]);
+}
+
+/// Known, and not read.
+#[test]
+fn formats_that_are_refused_by_name() {
+    let world = World::new();
+    let files = ["config.json", "layer3.sae.pt"].map(|name| (name.to_owned(), Content::new(name, "{}")));
+    world.hub.add(Repository::new(Kind::Model, SAES, files.into_iter().collect()));
+    world.fails(&format!("sae --num_samples 3 --sae {SAES}"), &["Qwen-Scope", "top-k without ReLU"]);
+    assert_eq!(fetched(&world), [""; 0]);
+}
+
 #[test]
 fn what_is_not_there_is_said() {
     let world = world();

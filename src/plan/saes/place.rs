@@ -11,7 +11,7 @@ use crate::cli::SaeArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Kind as RepoKind, Repo, is_id};
 use crate::model::Config;
-use crate::weights::sae::{self, Found, SaeOptions};
+use crate::weights::sae::{self, Found, Sae, SaeOptions};
 
 /// Stands for a layer's number in `--sae`.
 const LAYER: &str = "{layer}";
@@ -24,8 +24,27 @@ pub(in crate::plan) const ENDINGS: [&str; 6] = ["safetensors", "pt", "npz", "jso
 /// Things that a message lists.
 const NAMED: usize = 20;
 
-/// The path of an SAE, and the same with `{layer}` for the number of its layer.
-type Candidate = (String, String);
+/// An SAE that may be meant.
+struct Candidate {
+    /// Of its folder; on the hub, in the repository.
+    path: String,
+    /// The same for `--sae`, with `{layer}` for the number of its layer.
+    pattern: String,
+    /// As its path says.
+    layer: Option<usize>,
+}
+
+/// What is asked of the place.
+pub(super) struct Asked<'a> {
+    /// Layers of `--layers`.
+    pub wanted: Option<&'a [usize]>,
+    /// `--site`.
+    pub site: Option<&'a str>,
+    pub options: &'a SaeOptions,
+    pub model: &'a Config,
+    /// Nothing large is to be brought.
+    pub dry_run: bool,
+}
 
 /// Where SAEs are looked for.
 pub(super) enum Place {
@@ -64,8 +83,13 @@ impl Place {
             .found(format!("nothing at {stem}"))
             .hint("check the path"));
         };
-        let repo = fetcher.open(RepoKind::Model, &id, &args.sae_revision)?;
-        let folder = folder.to_owned();
+        let repo = fetcher.open(RepoKind::Saes, &id, &args.sae_revision)?;
+        // A file of weights stands for its folder.
+        let folder = match folder.rsplit_once('/') {
+            Some((parent, _)) if repo.has(folder) => parent.to_owned(),
+            None if repo.has(folder) => String::new(),
+            _ => folder.to_owned(),
+        };
         Ok((name.clone(), Self::Hub(Box::new(repo), folder)))
     }
 
@@ -73,49 +97,95 @@ impl Place {
     pub fn choose(
         &self,
         name: &str,
-        wanted: Option<&[usize]>,
-        options: &SaeOptions,
-        model: &Config,
+        asked: &Asked<'_>,
+        fetcher: &Fetcher,
     ) -> Result<BTreeMap<usize, String>> {
-        let layers = 0..model.num_layers;
-        let there: BTreeMap<usize, Vec<Candidate>> = match self {
-            Self::Pattern(pattern) => {
-                let at = |layer: usize| pattern.replace(LAYER, &layer.to_string());
-                let there = layers.filter(|&layer| Path::new(&at(layer)).exists());
-                there.map(|layer| (layer, vec![(at(layer), pattern.clone())])).collect()
+        if let Self::Folder(path) = self
+            && (path.is_file() || sae::recognise(path)?.is_some())
+        {
+            return one(path, asked).map(|layer| [(layer, name.to_owned())].into());
+        }
+        let candidates = self.candidates(name, asked)?;
+        if let (Self::Hub(repo, _), [Candidate { path, layer: None, .. }]) = (self, &candidates[..]) {
+            return only(repo, path, asked, fetcher).map(|layer| [(layer, path.clone())].into());
+        }
+        let mut there: BTreeMap<usize, Vec<Candidate>> = BTreeMap::new();
+        let mut unknown = Vec::new();
+        for candidate in candidates {
+            match self.layer(&candidate, asked.options)? {
+                Some(layer) => there.entry(layer).or_default().push(candidate),
+                None => unknown.push(candidate.path),
             }
-            Self::Folder(path) if path.is_file() || sae::recognise(path)?.is_some() => {
-                return one(path, wanted, options, model).map(|layer| [(layer, name.to_owned())].into());
-            }
-            Self::Folder(path) => by_layer(sae::enumerate(path)?),
-            Self::Hub(repo, folder) => {
-                let listing: Vec<&str> = repo.files().collect();
-                let found = sae::enumerate_listing(&listing).into_iter();
-                by_layer(found.filter(|found| is_below(folder, &found.path.to_string_lossy())).collect())
-            }
-        };
-        let mut chosen = BTreeMap::new();
+        }
         let all: Vec<usize> = there.keys().copied().collect();
-        let missing: Vec<usize> =
-            wanted.unwrap_or(&[]).iter().copied().filter(|layer| !all.contains(layer)).collect();
+        let mut missing = asked.wanted.unwrap_or(&[]).to_vec();
+        missing.retain(|layer| !all.contains(layer));
+        if all.is_empty() && !unknown.is_empty() {
+            return Err(untold(name, &unknown));
+        }
         if all.is_empty() || !missing.is_empty() {
             return Err(self.none(name, &all, &missing));
         }
-        for (layer, found) in there {
-            if layer >= model.num_layers || wanted.is_some_and(|wanted| !wanted.contains(&layer)) {
+        let mut chosen = BTreeMap::new();
+        for (layer, candidates) in there {
+            let wanted = asked.wanted.is_none_or(|wanted| wanted.contains(&layer));
+            if layer >= asked.model.num_layers || !wanted {
                 continue;
             }
-            match &found[..] {
-                [(path, _)] => _ = chosen.insert(layer, path.clone()),
-                several => return Err(self.ambiguous(name, layer, several)),
+            match &candidates[..] {
+                [one] => _ = chosen.insert(layer, one.path.clone()),
+                several => return Err(ambiguous(name, layer, several)),
             }
         }
         if chosen.is_empty() {
-            return Err(self
-                .none(name, &all, &[])
-                .hint("the model has fewer layers: is it the SAEs' model?"));
+            let error = self.none(name, &all, &[]);
+            return Err(error.hint("the model has fewer layers: is it the SAEs' model?"));
         }
         Ok(chosen)
+    }
+
+    /// What may be meant; of the places that paths name, only those that can be looked at, if there are such.
+    fn candidates(&self, name: &str, asked: &Asked<'_>) -> Result<Vec<Candidate>> {
+        let (found, root) = match self {
+            Self::Pattern(pattern) => {
+                let at = |layer: usize| pattern.replace(LAYER, &layer.to_string());
+                let there = (0..asked.model.num_layers).filter(|&layer| Path::new(&at(layer)).exists());
+                let candidate =
+                    |layer| Candidate { path: at(layer), pattern: pattern.clone(), layer: Some(layer) };
+                return Ok(there.map(candidate).collect());
+            }
+            Self::Folder(path) => (sae::enumerate(path)?, None),
+            Self::Hub(repo, folder) => {
+                let listing: Vec<&str> = repo.files().collect();
+                let mut found = sae::enumerate_listing(&listing);
+                found.retain(|found| is_below(folder, &found.path.to_string_lossy()));
+                (found, Some(repo.id()))
+            }
+        };
+        let refusal = found.iter().find_map(|found| sae::refusal(found.format, &found.path));
+        let usable = |found: &Found| sae::refusal(found.format, &found.path).is_none();
+        let all: Vec<Candidate> =
+            found.iter().filter(|found| usable(found)).map(|found| candidate(found, root)).collect();
+        if let Some(refusal) = refusal.filter(|_| all.is_empty()) {
+            return Err(refusal.at(format!("--sae {name}")));
+        }
+        let shown = |candidate: &Candidate| {
+            let site = candidate.path.rsplit('/').find_map(sites::named).map(|(site, _)| site);
+            site.is_none_or(|site| match asked.site {
+                Some(asked) => asked == site,
+                None => sites::is_shown(site),
+            })
+        };
+        let (shown, others): (Vec<Candidate>, Vec<Candidate>) = all.into_iter().partition(shown);
+        Ok(if shown.is_empty() { others } else { shown })
+    }
+
+    /// The layer of a candidate: by its path, else, of what is here, by its files.
+    fn layer(&self, candidate: &Candidate, options: &SaeOptions) -> Result<Option<usize>> {
+        match (candidate.layer, self) {
+            (None, Self::Folder(_)) => Ok(own_layer(&sae::open(Path::new(&candidate.path), options)?)),
+            (layer, _) => Ok(layer),
+        }
     }
 
     fn none(&self, name: &str, all: &[usize], missing: &[usize]) -> Error {
@@ -144,36 +214,23 @@ impl Place {
         }
     }
 
-    fn ambiguous(&self, name: &str, layer: usize, several: &[Candidate]) -> Error {
-        // Labels are relative to the folder, or to the repository.
-        let root = match self {
-            Self::Hub(repo, _) => repo.id(),
-            Self::Pattern(_) | Self::Folder(_) => name.trim_end_matches('/'),
-        };
-        let kinds: Vec<String> =
-            several.iter().take(NAMED).map(|(_, label)| format!("{root}/{label}")).collect();
-        let more = match several.len().saturating_sub(NAMED) {
-            0 => String::new(),
-            more => format!("\nand {more} more"),
-        };
-        Error::usage(format!("there are {} SAEs of layer {layer}", several.len()))
-            .at(format!("--sae {name}"))
-            .expected("one SAE for each layer")
-            .found(format!("{}{more}", kinds.join("\n")))
-            .hint(format!("choose one kind, as in --sae '{}'", kinds[0]))
+    /// Fails where the files of `chosen` could not be brought: without a network, or without room on the disk.
+    pub fn check(&self, chosen: &BTreeMap<usize, String>) -> Result<()> {
+        match self {
+            Self::Hub(repo, _) => repo.check(&files(repo, chosen.values())),
+            Self::Pattern(_) | Self::Folder(_) => Ok(()),
+        }
     }
 
     /// Brings the files of `chosen` here, unless they are to `stay`.
     pub fn bring(&self, chosen: &BTreeMap<usize, String>, stay: bool, fetcher: &Fetcher) -> Result<Brought> {
         let Self::Hub(repo, _) = self else { return Ok(Brought::default()) };
-        let listing: Vec<&str> = repo.files().collect();
-        let files: Vec<String> = chosen.values().flat_map(|folder| sae::files_of(&listing, folder)).collect();
+        let files = files(repo, chosen.values());
         let (root, commit) = (repo.snapshot(), Some(repo.commit().to_owned()));
         let to_come = repo.missing(&files);
         if to_come.0 > 0 && stay {
             return Ok(Brought { root, commit, to_come });
         }
-        repo.check(&files)?;
         fetcher.get(repo, &files)?;
         repo.settle()?;
         Ok(Brought { root, commit, to_come: (0, 0) })
@@ -191,34 +248,81 @@ pub(super) struct Brought {
     pub to_come: (usize, u64),
 }
 
+/// The files of SAEs in a repository.
+fn files<'a>(repo: &Repo, folders: impl Iterator<Item = &'a String>) -> Vec<String> {
+    let listing: Vec<&str> = repo.files().collect();
+    folders.flat_map(|folder| sae::files_of(&listing, folder)).collect()
+}
+
+/// The layer that an SAE's files name.
+fn own_layer(sae: &Sae) -> Option<usize> {
+    sae.about.hook.as_deref().and_then(sites::named).map(|(_, layer)| layer).or(sae.about.layer)
+}
+
 /// The layer of the one SAE at `path`.
-fn one(path: &Path, wanted: Option<&[usize]>, options: &SaeOptions, model: &Config) -> Result<usize> {
-    let sae = sae::open(path, options)?;
-    let own = sae.about.hook.as_deref().and_then(sites::named).map(|(_, layer)| layer).or(sae.about.layer);
-    match (own, wanted) {
+fn one(path: &Path, asked: &Asked<'_>) -> Result<usize> {
+    let own = own_layer(&sae::open(path, asked.options)?);
+    match (own, asked.wanted) {
         (Some(own), None) => Ok(own),
         (None, Some([layer])) => Ok(*layer),
         (Some(own), Some([layer])) if own == *layer => Ok(own),
-        _ => Err(Error::usage("this is the SAE of one layer")
+        (own, wanted) => Err(Error::usage("this is the SAE of one layer")
             .at(format!("--sae {}", path.display()))
             .expected(match wanted {
                 Some(layers) => format!("SAEs of layers {}", ranges(layers)),
-                None => format!("SAEs of layers 0 to {}", model.num_layers - 1),
+                None => format!("SAEs of layers 0 to {}", asked.model.num_layers - 1),
             })
             .found(own.map_or("a layer that its files do not tell".into(), |own| format!("layer {own}")))
             .hint("put {layer} where the path has the layer's number, or give --layers with one number")),
     }
 }
 
-fn by_layer(found: Vec<Found>) -> BTreeMap<usize, Vec<Candidate>> {
-    let mut layers: BTreeMap<usize, Vec<Candidate>> = BTreeMap::new();
-    for found in found {
-        if let Some(layer) = found.layer {
-            let path = found.path.to_string_lossy().into_owned();
-            layers.entry(layer).or_default().push((path, found.label));
-        }
+/// The layer of the only SAE of a repository, whose path does not tell it: its files do.
+fn only(repo: &Repo, folder: &str, asked: &Asked<'_>, fetcher: &Fetcher) -> Result<usize> {
+    let files = files(repo, [folder.to_owned()].iter());
+    if repo.missing(&files).0 > 0 && asked.dry_run {
+        // Its layer is known when it is here.
+        return match asked.wanted {
+            Some([layer]) => Ok(*layer),
+            _ => Err(untold(repo.id(), &[folder.to_owned()])),
+        };
     }
-    layers
+    repo.check(&files)?;
+    fetcher.get(repo, &files)?;
+    one(&repo.snapshot().join(folder), asked)
+}
+
+/// A path as it is shown, and as `--sae` would take it.
+fn candidate(found: &Found, repository: Option<&str>) -> Candidate {
+    let path = found.path.to_string_lossy().into_owned();
+    let own = found.label.replace(LAYER, &found.layer.map_or(String::new(), |layer| layer.to_string()));
+    let root = repository.map(|id| format!("{id}/")).unwrap_or_default();
+    let start = path.strip_suffix(&own).unwrap_or_default();
+    Candidate { pattern: format!("{root}{start}{}", found.label), path, layer: found.layer }
+}
+
+/// As many as a message takes.
+fn listed<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> String {
+    let more = names.len().saturating_sub(NAMED);
+    let mut lines: Vec<String> = names.take(NAMED).map(str::to_owned).collect();
+    lines.extend((more > 0).then(|| format!("and {more} more")));
+    lines.join("\n")
+}
+
+fn ambiguous(name: &str, layer: usize, several: &[Candidate]) -> Error {
+    Error::usage(format!("there are {} SAEs of layer {layer}", several.len()))
+        .at(format!("--sae {name}"))
+        .expected("one SAE for each layer")
+        .found(listed(several.iter().map(|candidate| candidate.pattern.as_str())))
+        .hint(format!("choose one kind, as in --sae '{}'", several[0].pattern))
+}
+
+fn untold(name: &str, paths: &[String]) -> Error {
+    Error::usage("the paths of the SAEs do not tell their layers")
+        .at(format!("--sae {name}"))
+        .expected("a layer's number in the path, as in layers.3 or layer_3")
+        .found(listed(paths.iter().map(String::as_str)))
+        .hint("name the folder of one SAE with --sae, and its layer with --layers")
 }
 
 /// The default: the scripts' folder, where it is.

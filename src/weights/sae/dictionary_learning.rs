@@ -85,9 +85,8 @@ fn sae(file: &Path, config: &Config, tensors: impl FnOnce() -> Result<Tensors>) 
         about.hook = about.hook.or(Some(folder));
     }
     if io == "in" {
-        about
-            .notes
-            .push("config.json says that it was trained on the input of its module (buffer.io: in).".into());
+        // Another place than the module's output, which the name alone would be taken for.
+        about.hook = about.hook.map(|hook| format!("input of {hook}"));
     }
     let weights = read(class, config, &tensors, &mut about)?;
     Ok(Sae { weights, about })

@@ -104,12 +104,9 @@ pub fn open(path: &Path, options: &SaeOptions) -> Result<Sae> {
         Format::GemmaScope1 => gemma_scope::open_first(&file),
         Format::GemmaScope2 => gemma_scope::open_second(&folder),
         Format::LlamaScope => llama_scope::open(&folder, options.llamascope_convention),
-        Format::Llamascopium => Err(llama_scope::refuse_later(&folder)),
-        Format::QwenScope => {
-            Err(refused(&folder, "Qwen-Scope's SAEs keep negative features: they have top-k without ReLU")
-                .hint("features are taken to be positive here; use an SAE of another family"))
+        Format::Llamascopium | Format::QwenScope | Format::CircuitTracer => {
+            Err(refusal(format, &folder).unwrap_or_else(|| refused(&folder, "it is not read")))
         }
-        Format::CircuitTracer => Err(transcoder(&folder, "circuit-tracer's files are transcoders")),
     }?;
     // What the user said must not be dropped in silence.
     if options.norm_scale.is_some() && format != Format::SaeLens {
@@ -125,6 +122,19 @@ pub fn open(path: &Path, options: &SaeOptions) -> Result<Sae> {
 
 /// For SAEs that say how their input is scaled, or that it is not.
 const UNUSED_SCALE: &str = "--sae_norm_scale changes nothing: this SAE does not ask for a scale.";
+
+/// The error for a format that is known and not read; `None` for the others. `folder` need not be there.
+pub fn refusal(format: Format, folder: &Path) -> Option<Error> {
+    match format {
+        Format::Llamascopium => Some(llama_scope::refuse_later(folder)),
+        Format::QwenScope => Some(
+            refused(folder, "Qwen-Scope's SAEs keep negative features: they have top-k without ReLU")
+                .hint("features are taken to be positive here; use an SAE of another family"),
+        ),
+        Format::CircuitTracer => Some(transcoder(folder, "circuit-tracer's files are transcoders")),
+        _ => None,
+    }
+}
 
 /// Reads an SAE of dictionary_learning that is in memory: `ae.pt` and `config.json`. `file` stands for the former in
 /// errors and in [`About`].
