@@ -393,8 +393,7 @@ fn the_budget_holds_what_saes_take() {
     let flags = "--aggregate_by attribution --tokens_per_pass 60000 --num_samples 100000 --dry_run";
     let row = |memory: &str| {
         let run = dir.ok(&format!("{SAE} --sae saes {flags} --memory {memory}"));
-        let line = run.stdout.lines().find(|line| line.starts_with("pass")).unwrap().to_owned();
-        line
+        run.stdout.lines().find(|line| line.starts_with("pass")).unwrap().to_owned()
     };
     assert!(row("8").ends_with("activations kept"), "{}", row("8"));
     assert!(row("0.05").ends_with("activations computed again"), "{}", row("0.05"));
