@@ -3,17 +3,19 @@
 //! * `help`: what the program says about itself and about a plan
 //! * `doctor`: what it finds, and what stands in the way of a job
 //! * `results`: which files a run writes and what is in them
-//! * `sae`: runs over SAE features, where SAEs are found, and what is refused
+//! * `sae`: runs over SAE features, and what they write
 //! * `same_bytes`: what must not change a result, and what must
 //! * `screen`: what is printed, and what is kept for the file alone
 //! * `interrupt`: Ctrl-C and `kill`
-//! * `bad_flags`, `bad_model`, `bad_texts`: every wrong input, its message, and that nothing stays behind
+//! * `bad_flags`, `bad_model`, `bad_texts`, `bad_sae`: every wrong input, its message, and that nothing stays behind
 #![allow(clippy::unwrap_used)]
 
 #[path = "cli/bad_flags.rs"]
 mod bad_flags;
 #[path = "cli/bad_model.rs"]
 mod bad_model;
+#[path = "cli/bad_sae.rs"]
+mod bad_sae;
 #[path = "cli/bad_texts.rs"]
 mod bad_texts;
 #[path = "cli/dir.rs"]

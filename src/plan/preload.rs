@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoint::ModelFiles;
 use super::corpus::Corpus;
 use super::fetch::Fetcher;
-use super::saes::{ENDINGS, hub_parts, is_below};
+use super::saes::{ENDINGS, folder_of, hub_parts, is_below};
 use crate::cli::FetchArgs;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Kind as RepoKind, Repo};
@@ -116,6 +116,8 @@ impl Saes {
                 .hint("files on this machine need no fetching: leave --sae out"));
         };
         let repo = fetcher.open(RepoKind::Saes, &id, revision)?;
+        // Weights mean nothing without what lies beside them.
+        let folder = &folder_of(&repo, folder)[..];
         let has_ending =
             |path: &str| path.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending));
         let files = repo.files().filter(|path| has_ending(path) && is_below(folder, path));

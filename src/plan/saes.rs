@@ -22,7 +22,7 @@ use crate::transform::AggregationMode;
 use crate::units::{size, thousands};
 use crate::weights::sae::{self, Sae, SaeOptions};
 use place::{Asked, Brought, Place};
-pub(super) use place::{ENDINGS, hub_parts, is_below};
+pub(super) use place::{ENDINGS, folder_of, hub_parts, is_below};
 
 /// The SAEs of a run, and what is asked of them.
 pub struct SaePlan {
@@ -40,6 +40,8 @@ pub struct SaePlan {
     pub to_come: (usize, u64),
     /// The site that all of them belong to, as users call it.
     pub site: &'static str,
+    /// What is odd about them.
+    warnings: Vec<String>,
     /// `--sae_gradient`.
     pub gradient: SaeGradient,
     /// `--sae_splice`.
@@ -55,14 +57,25 @@ pub(super) struct SaeChoice {
     options: SaeOptions,
     /// Paths, by layer.
     chosen: BTreeMap<usize, String>,
+    /// Those that lie on this machine are opened before anything is brought.
+    opened: Opened,
     found_s: f64,
 }
 
+/// Opened SAEs, and what is to be said of them.
+#[derive(Default)]
+struct Opened {
+    saes: BTreeMap<usize, Sae>,
+    site: Option<&'static str>,
+    warnings: Vec<String>,
+}
+
 impl SaeChoice {
-    /// Finds the SAEs of the wanted layers.
+    /// Finds the SAEs of the wanted layers, and opens those that lie on this machine.
     ///
     /// # Errors
-    /// Flags that make no sense; SAEs that are not there.
+    /// Flags that make no sense; SAEs that are not there, cannot be read, are of another width, or belong to a place that
+    /// cannot be looked at.
     pub fn find(args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<Self> {
         let started = Instant::now();
         if args.position_stride == 0 {
@@ -93,7 +106,12 @@ impl SaeChoice {
             dry_run: args.layer.dry_run,
         };
         let chosen = place.choose(&name, &asked, fetcher)?;
-        Ok(Self { name, place, options, chosen, found_s: started.elapsed().as_secs_f64() })
+        let mut choice = Self { name, place, options, chosen, opened: Opened::default(), found_s: 0.0 };
+        if choice.place.is_here() {
+            choice.open_all(Path::new(""), args, model)?;
+        }
+        choice.found_s = started.elapsed().as_secs_f64();
+        Ok(choice)
     }
 
     /// Layers that have one, ascending.
@@ -110,32 +128,44 @@ impl SaeChoice {
     ///
     /// # Errors
     /// SAEs that cannot be read, are of another width, or belong to a place that cannot be looked at.
-    pub fn open(self, args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<SaePlan> {
+    pub fn open(mut self, args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<SaePlan> {
         let started = Instant::now();
         let Brought { root, commit, to_come } =
             self.place.bring(&self.chosen, args.layer.dry_run, fetcher)?;
+        if to_come.0 == 0 && !self.place.is_here() {
+            self.open_all(&root, args, model)?;
+        }
         let layers = self.layers();
-        let Self { name, options, chosen, found_s, .. } = self;
-        let mut saes = BTreeMap::new();
-        let mut site = None;
-        for (layer, path) in chosen.into_iter().filter(|_| to_come.0 == 0) {
-            let sae = sae::open(&root.join(path), &options)?;
+        let Self { name, opened: Opened { saes, site, warnings }, found_s, .. } = self;
+        let loading_s = found_s + started.elapsed().as_secs_f64();
+        let plan = SaePlan::of(args, name, site.unwrap_or("mlp"));
+        Ok(SaePlan { commit, loading_s, layers, saes, to_come, warnings, ..plan })
+    }
+
+    fn open_all(&mut self, root: &Path, args: &SaeArgs, model: &Config) -> Result<()> {
+        for (&layer, path) in &self.chosen {
+            let sae = sae::open(&root.join(path), &self.options)?;
             let own = check(&sae, layer, args.site.as_deref(), model)?;
-            match site {
+            match self.opened.site {
                 Some(site) if site != own => {
                     return Err(Error::new("the SAEs belong to different places in the model")
-                        .at(&name)
+                        .at(&self.name)
                         .expected(format!("{site}, as for the layers before layer {layer}"))
                         .found(own)
                         .hint("analyse them in separate runs, or say which place is meant with --site"));
                 }
-                _ => site = Some(own),
+                _ => self.opened.site = Some(own),
             }
-            saes.insert(layer, sae);
+            if let Some(hook) = &sae.about.hook
+                && sites::named(hook).is_none_or(|(site, _)| !sites::is_meant(site, Some(own)))
+            {
+                self.opened.warnings.push(format!(
+                    "the SAE of layer {layer} is taken for one of {own}, as --site says; its files say {hook}"
+                ));
+            }
+            self.opened.saes.insert(layer, sae);
         }
-        let loading_s = found_s + started.elapsed().as_secs_f64();
-        let plan = SaePlan::of(args, name, site.unwrap_or("mlp"));
-        Ok(SaePlan { commit, loading_s, layers, saes, to_come, ..plan })
+        Ok(())
     }
 }
 
@@ -162,6 +192,7 @@ impl SaePlan {
             layers: Vec::new(),
             saes: BTreeMap::new(),
             to_come: (0, 0),
+            warnings: Vec::new(),
             site,
             gradient: args.sae_gradient,
             splice: args.sae_splice,
@@ -202,7 +233,7 @@ impl SaePlan {
         notes
     }
 
-    /// Flags that change nothing.
+    /// What is odd about the SAEs, and flags that change nothing.
     pub(super) fn warnings(&self, quantity: Quantity) -> Vec<String> {
         let values = quantity == Quantity::Values;
         let idle = [
@@ -213,7 +244,8 @@ impl SaePlan {
             ),
         ];
         let idle = idle.into_iter().filter(|(_, idle)| *idle);
-        idle.map(|(flag, _)| format!("{flag} changes nothing of {quantity}")).collect()
+        let idle = idle.map(|(flag, _)| format!("{flag} changes nothing of {quantity}"));
+        self.warnings.iter().cloned().chain(idle).collect()
     }
 
     /// Whether the model is run anew for each layer.

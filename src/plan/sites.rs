@@ -50,9 +50,10 @@ pub(super) fn named(hook: &str) -> Option<(&'static str, usize)> {
     })
 }
 
-/// Whether this program can show the site of that name.
-pub(super) fn is_shown(name: &str) -> bool {
-    SITES.iter().any(|(site, _)| *site == name)
+/// Whether the site `name` is that of `--site`; without the flag, whether it can be shown.
+pub(super) fn is_meant(name: &str, flag: Option<&str>) -> bool {
+    let shown = |name: &str| SITES.iter().find(|(site, _)| *site == name).map(|(_, site)| *site);
+    shown(name).is_some_and(|site| flag.is_none_or(|flag| shown(flag) == Some(site)))
 }
 
 /// The site of that name; `of`: who names it.

@@ -237,7 +237,8 @@ impl<B: SaeBackend> SaeSink<B> {
             result.sums.values = values;
             finite?
         };
-        finite.map_err(|bad| not_finite(layer, "gradients", &at, bad))
+        let what = if spec.both() { "values or gradients" } else { "gradients" };
+        finite.map_err(|bad| not_finite(layer, what, &at, bad))
     }
 }
 

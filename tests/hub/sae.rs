@@ -90,6 +90,11 @@ fn a_run_fetches_the_saes_of_its_layers() {
     let arrays = |parent: &str| numbers(&world.dir.made_sae(parent));
     assert_eq!(arrays("both"), arrays("again"));
     world.fails(&format!("{run} --layers 0"), &["no SAE of layer 0", "SAEs of layers 1,3"]);
+    // A file of weights stands for its folder, whoever names it.
+    world
+        .ok(&format!("{run}/mlp_out_layer_{{layer}}/trainer_0/ae.pt --dry_run"))
+        .out("layers       2 of 4: 1,3");
+    world.ok(&format!("{run}/mlp_out_layer_3/trainer_0/ae.pt --dry_run")).out("layers       1 of 4: 3");
     world.fails(&format!("sae --sae {SAES} --sae_revision other"), &[SAES, "other"]);
 }
 
@@ -106,7 +111,7 @@ fn a_repository_of_one_sae() {
     world.misuse(&format!("{run} --dry_run"), &["do not tell their layers", "--layers"]);
     world.ok(&format!("{run} --layers 3 --dry_run")).out("to be downloaded");
     world.ok(&run).out("    3        96");
-    world.misuse(&format!("{run} --layers 1"), &["this is the SAE of one layer", "layer 3"]);
+    world.fails(&format!("{run} --layers 1"), &["of another layer", "an SAE of layer 1", "layer 3"]);
 }
 
 /// Known, and not read.
@@ -117,6 +122,15 @@ fn formats_that_are_refused_by_name() {
     world.hub.add(Repository::new(Kind::Model, SAES, files.into_iter().collect()));
     world.fails(&format!("sae --num_samples 3 --sae {SAES}"), &["Qwen-Scope", "top-k without ReLU"]);
     assert_eq!(fetched(&world), [""; 0]);
+}
+
+/// Weights come with what describes them.
+#[test]
+fn a_file_is_fetched_with_its_folder() {
+    let world = golden();
+    world.ok(&format!("fetch --sae {SAES}/mlp_out_layer_3/trainer_0/ae.pt"));
+    assert!(fetched(&world).contains(&"mlp_out_layer_3/trainer_0/config.json".to_owned()));
+    assert!(!fetched(&world).iter().any(|path| path.contains("layer_1")));
 }
 
 #[test]

@@ -84,12 +84,7 @@ impl Place {
             .hint("check the path"));
         };
         let repo = fetcher.open(RepoKind::Saes, &id, &args.sae_revision)?;
-        // A file of weights stands for its folder.
-        let folder = match folder.rsplit_once('/') {
-            Some((parent, _)) if repo.has(folder) => parent.to_owned(),
-            None if repo.has(folder) => String::new(),
-            _ => folder.to_owned(),
-        };
+        let folder = folder_of(&repo, folder);
         Ok((name.clone(), Self::Hub(Box::new(repo), folder)))
     }
 
@@ -112,7 +107,11 @@ impl Place {
         let mut there: BTreeMap<usize, Vec<Candidate>> = BTreeMap::new();
         let mut unknown = Vec::new();
         for candidate in candidates {
-            match self.layer(&candidate, asked.options)? {
+            let own = match (candidate.layer, self) {
+                (None, Self::Folder(_)) => told(&candidate, asked)?,
+                (layer, _) => layer,
+            };
+            match own {
                 Some(layer) => there.entry(layer).or_default().push(candidate),
                 None => unknown.push(candidate.path),
             }
@@ -171,21 +170,10 @@ impl Place {
         }
         let shown = |candidate: &Candidate| {
             let site = candidate.path.rsplit('/').find_map(sites::named).map(|(site, _)| site);
-            site.is_none_or(|site| match asked.site {
-                Some(asked) => asked == site,
-                None => sites::is_shown(site),
-            })
+            site.is_none_or(|site| sites::is_meant(site, asked.site))
         };
         let (shown, others): (Vec<Candidate>, Vec<Candidate>) = all.into_iter().partition(shown);
         Ok(if shown.is_empty() { others } else { shown })
-    }
-
-    /// The layer of a candidate: by its path, else, of what is here, by its files.
-    fn layer(&self, candidate: &Candidate, options: &SaeOptions) -> Result<Option<usize>> {
-        match (candidate.layer, self) {
-            (None, Self::Folder(_)) => Ok(own_layer(&sae::open(Path::new(&candidate.path), options)?)),
-            (layer, _) => Ok(layer),
-        }
     }
 
     fn none(&self, name: &str, all: &[usize], missing: &[usize]) -> Error {
@@ -212,6 +200,11 @@ impl Place {
                 list(layers)
             )),
         }
+    }
+
+    /// Whether it is a path of this machine.
+    pub fn is_here(&self) -> bool {
+        !matches!(self, Self::Hub(..))
     }
 
     /// Fails where the files of `chosen` could not be brought: without a network, or without room on the disk.
@@ -259,10 +252,24 @@ fn own_layer(sae: &Sae) -> Option<usize> {
     sae.about.hook.as_deref().and_then(sites::named).map(|(_, layer)| layer).or(sae.about.layer)
 }
 
+/// The layer of a candidate whose path does not tell it, if its files do and name a place that is meant.
+fn told(candidate: &Candidate, asked: &Asked<'_>) -> Result<Option<usize>> {
+    let sae = sae::open(Path::new(&candidate.path), asked.options)?;
+    let site = sae.about.hook.as_deref().and_then(sites::named).map(|(site, _)| site);
+    let meant = site.is_none_or(|site| sites::is_meant(site, asked.site));
+    Ok(own_layer(&sae).filter(|_| meant))
+}
+
 /// The layer of the one SAE at `path`.
 fn one(path: &Path, asked: &Asked<'_>) -> Result<usize> {
     let own = own_layer(&sae::open(path, asked.options)?);
+    let last = asked.model.num_layers - 1;
     match (own, asked.wanted) {
+        (Some(own), _) if own > last => Err(Error::new("the model lacks the SAE's layer")
+            .at(format!("--sae {}", path.display()))
+            .expected(format!("a layer from 0 to {last}"))
+            .found(format!("layer {own}"))
+            .hint("the model has fewer layers: is it the SAEs' model?")),
         (Some(own), None) => Ok(own),
         (None, Some([layer])) => Ok(*layer),
         (Some(own), Some([layer])) if own == *layer => Ok(own),
@@ -270,22 +277,22 @@ fn one(path: &Path, asked: &Asked<'_>) -> Result<usize> {
             .at(format!("--sae {}", path.display()))
             .expected(match wanted {
                 Some(layers) => format!("SAEs of layers {}", ranges(layers)),
-                None => format!("SAEs of layers 0 to {}", asked.model.num_layers - 1),
+                None => format!("SAEs of layers 0 to {last}"),
             })
             .found(own.map_or("a layer that its files do not tell".into(), |own| format!("layer {own}")))
             .hint("put {layer} where the path has the layer's number, or give --layers with one number")),
     }
 }
 
-/// The layer of the only SAE of a repository, whose path does not tell it: its files do.
+/// The layer of the only SAE of a repository, whose path does not tell it: its files do. Where one layer is wanted, it
+/// is that one, or will be found not to be.
 fn only(repo: &Repo, folder: &str, asked: &Asked<'_>, fetcher: &Fetcher) -> Result<usize> {
+    if let Some([layer]) = asked.wanted {
+        return Ok(*layer);
+    }
     let files = files(repo, [folder.to_owned()].iter());
     if repo.missing(&files).0 > 0 && asked.dry_run {
-        // Its layer is known when it is here.
-        return match asked.wanted {
-            Some([layer]) => Ok(*layer),
-            _ => Err(untold(repo.id(), &[folder.to_owned()])),
-        };
+        return Err(untold(repo.id(), &[folder.to_owned()]));
     }
     repo.check(&files)?;
     fetcher.get(repo, &files)?;
@@ -295,9 +302,17 @@ fn only(repo: &Repo, folder: &str, asked: &Asked<'_>, fetcher: &Fetcher) -> Resu
 /// A path as it is shown, and as `--sae` would take it.
 fn candidate(found: &Found, repository: Option<&str>) -> Candidate {
     let path = found.path.to_string_lossy().into_owned();
-    let own = found.label.replace(LAYER, &found.layer.map_or(String::new(), |layer| layer.to_string()));
     let root = repository.map(|id| format!("{id}/")).unwrap_or_default();
-    let start = path.strip_suffix(&own).unwrap_or_default();
+    // As the number is written, zeros before it among it.
+    let start = match found.label.split_once(LAYER) {
+        Some((before, after)) => {
+            let number =
+                path.strip_suffix(after).map(|path| path.trim_end_matches(|c: char| c.is_ascii_digit()));
+            number.and_then(|path| path.strip_suffix(before))
+        }
+        None => path.strip_suffix(found.label.as_str()),
+    };
+    let start = start.unwrap_or_default();
     Candidate { pattern: format!("{root}{start}{}", found.label), path, layer: found.layer }
 }
 
@@ -321,7 +336,9 @@ fn untold(name: &str, paths: &[String]) -> Error {
     Error::usage("the paths of the SAEs do not tell their layers")
         .at(format!("--sae {name}"))
         .expected("a layer's number in the path, as in layers.3 or layer_3")
-        .found(listed(paths.iter().map(String::as_str)))
+        .found(listed(
+            paths.iter().map(|path| if path.is_empty() { "its top folder" } else { path.as_str() }),
+        ))
         .hint("name the folder of one SAE with --sae, and its layer with --layers")
 }
 
@@ -346,23 +363,36 @@ pub(in crate::plan) fn hub_parts(sae: &str) -> Option<(String, &str)> {
     is_id(&id).then(|| (id, parts.next().unwrap_or_default().trim_matches('/')))
 }
 
+/// The folder that `name` means in a repository: a file stands for the folder of its SAE. Every `{layer}` of the name
+/// stands for digits.
+pub(in crate::plan) fn folder_of(repo: &Repo, name: &str) -> String {
+    if !repo.files().any(|path| rest_of(name, path) == Some("")) {
+        return name.to_owned();
+    }
+    let folder = name.rsplit_once('/').map_or("", |(folder, _)| folder);
+    // Some files lie one folder below their SAE's.
+    folder.strip_suffix("checkpoints").map_or(folder, |above| above.trim_end_matches('/')).to_owned()
+}
+
 /// Whether `path` is `pattern` or in a folder of that name. Every `{layer}` of the pattern stands for digits.
 pub(in crate::plan) fn is_below(pattern: &str, path: &str) -> bool {
+    pattern.is_empty() || rest_of(pattern, path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// What follows `pattern` in `path`.
+fn rest_of<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
     let mut rest = path;
     for (number, literal) in pattern.split(LAYER).enumerate() {
         if number > 0 {
             let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
             if digits == 0 {
-                return false;
+                return None;
             }
             rest = &rest[digits..];
         }
-        match rest.strip_prefix(literal) {
-            Some(after) => rest = after,
-            None => return false,
-        }
+        rest = rest.strip_prefix(literal)?;
     }
-    pattern.is_empty() || rest.is_empty() || rest.starts_with('/')
+    Some(rest)
 }
 
 #[cfg(test)]

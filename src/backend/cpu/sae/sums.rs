@@ -107,7 +107,8 @@ impl<'a> TileMoments<'a> {
         let maxima = self.max_abs[lanes.clone()].iter_mut().zip(max);
         maxima.for_each(|(to, max)| *to = to.max(max.as_f64()));
         let finite = sum_abs.iter().all(|sum| sum.is_finite());
-        (!finite).then(|| bad_row(values, self.sum.len(), lanes)).flatten()
+        // A product with its scale may be beyond the numbers where the value is not.
+        (!finite).then(|| bad_row(values, self.sum.len(), lanes).unwrap_or(0))
     }
 }
 
