@@ -11,7 +11,8 @@ use crate::stats::Quantity;
 use crate::transform::{AggregationMode, NormaliseMode};
 use crate::weights::sae::LlamaScopeConvention;
 
-/// Which dimensions of each layer's MLP output are active, and which does the loss depend on?
+/// Which dimensions of each layer's MLP output, or which SAE features there, are active, and which does the loss depend
+/// on?
 ///
 /// Statistics of every layer of a frozen decoder language model over a corpus, from one forward and one
 /// backward pass.

@@ -1,4 +1,5 @@
-//! Which dimensions of each layer's MLP output are active, and which does the loss depend on?
+//! Which dimensions of each layer's MLP output, or which features of sparse autoencoders (SAEs) there, are active, and
+//! which does the loss depend on?
 //!
 //! One forward and one backward pass over a corpus serve every layer. The modules are listed in the order
 //! in which a run passes through them; imports point one way:

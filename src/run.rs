@@ -132,8 +132,10 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     warning.iter().for_each(|warning| log.warn(warning));
     let bar = log.bar("writing results", Unit::Bytes, None);
     output::write_arrays(&mut target, &mut record)?;
-    if let Some(layers) = results.features() {
-        features::write_examples(&target, layers, &plan.open_tokens()?)?;
+    // The tokenizer that read the texts went with them.
+    let shown = results.features().map(|layers| Ok((layers, plan.open_tokens()?))).transpose()?;
+    if let Some((layers, tokens)) = &shown {
+        features::write_examples(&target, layers, tokens)?;
     }
     record.timing.total_layers();
     let total_s = started.elapsed().as_secs_f64() + plan.download_s.unwrap_or_default();
@@ -146,8 +148,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         features::show_fit(sae, layers, totals, log);
     }
     closing::show(&tables, plan, log);
-    if let Some(layers) = results.features() {
-        features::show_examples(plan, &tables, layers, &plan.open_tokens()?, log)?;
+    if let Some((layers, tokens)) = &shown {
+        features::show_examples(plan, &tables, layers, tokens, log)?;
     }
     log.out(&output::timing::summary(&record.timing));
     target.finish(log)?;

@@ -169,7 +169,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.turn(&mut before, Stage::Head, above(layers))?;
         for stream in &mut streams {
             run.count_targets((*stream.chunk).as_ref());
-            run.nats.extend(self.head(&rope, stream)?);
+            run.nats.extend(self.head(&rope, stream, true)?);
         }
         for layer in (first..layers).rev() {
             self.turn(&mut before, Stage::Layer(layer), above(layer))?;
@@ -269,15 +269,24 @@ impl<'a, B: Backend> Engine<'a, B> {
         Ok(())
     }
 
-    /// Loss, and the gradient of the residual stream after the last layer.
-    pub(super) fn head(&self, rope: &B::Rope, stream: &mut Stream<B>) -> Result<Option<B::Nats>> {
+    /// Loss, and if wanted the gradient of the residual stream after the last layer.
+    pub(super) fn head(
+        &self,
+        rope: &B::Rope,
+        stream: &mut Stream<B>,
+        want_gradient: bool,
+    ) -> Result<Option<B::Nats>> {
         self.interrupt.check()?;
         let block = &self.model.program.head;
         let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
         let mut state = State::new(block.widths.len(), stream.residual.take());
         let ops = 0..block.ops.len();
-        forward(self.backend, &scope, block, ops.clone(), Keep::For(0), &mut state, &mut |_, _| Ok(()))?;
+        let keep = if want_gradient { Keep::For(0) } else { Keep::Output };
+        forward(self.backend, &scope, block, ops.clone(), keep, &mut state, &mut |_, _| Ok(()))?;
         let nats = state.nats.take();
+        if !want_gradient {
+            return Ok(nats);
+        }
         backward(self.backend, &scope, block, ops, &mut state, &mut |_, _| Ok(()))?;
         stream.residual = state.grads[Block::INPUT.0].take();
         Ok(nats)

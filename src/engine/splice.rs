@@ -49,14 +49,8 @@ impl<B: SaeBackend> Engine<'_, B> {
         }
         self.turn(&mut before, Stage::Head, None)?;
         for stream in &mut streams {
-            self.interrupt.check()?;
-            let block = &self.model.program.head;
-            let scope = Scope { weights: &self.model.weights, rope: &rope, chunk: &*stream.chunk };
-            let mut state = State::new(block.widths.len(), stream.residual.take());
-            let ops = 0..block.ops.len();
-            forward(self.backend, &scope, block, ops, Keep::Output, &mut state, &mut |_, _| Ok(()))?;
             run.count_targets((*stream.chunk).as_ref());
-            run.nats.extend(state.nats.take());
+            run.nats.extend(self.head(&rope, stream, false)?);
         }
         self.model.leave(self.backend, before, None)?;
         Ok(run)
@@ -89,7 +83,7 @@ impl<B: SaeBackend> Engine<'_, B> {
         }
         self.turn(before, Stage::Head, Some(Stage::Layer(layers - 1)))?;
         for branch in &mut branches {
-            let nats = self.head(rope, branch)?;
+            let nats = self.head(rope, branch, true)?;
             run.spliced_nats.extend(nats.map(|nats| (layer, nats)));
         }
         for upper in (layer + 1..layers).rev() {

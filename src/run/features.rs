@@ -28,9 +28,8 @@ type Layers = BTreeMap<usize, LayerFeatures>;
 /// What metadata says of the SAEs.
 pub(super) fn facts(plan: &Plan, sae: &SaePlan, layers: &Layers, totals: &Totals) -> Value {
     let each = sae.saes.iter().filter_map(|(layer, sae)| {
-        let LayerFeatures { sums, fit, .. } = layers.get(layer)?;
-        let fired =
-            sums.values.as_ref().map(|values| values.fired.iter().filter(|&&fired| fired > 0).count());
+        let features = layers.get(layer)?;
+        let fit = &features.fit;
         let spliced = totals.spliced_nats.get(layer).map(|nats| nats / totals.targets as f64);
         let about = json!({
             "path": sae.about.path.display().to_string(),
@@ -39,7 +38,7 @@ pub(super) fn facts(plan: &Plan, sae: &SaePlan, layers: &Layers, totals: &Totals
             "trained_on": sae.about.model_name,
             "feature_convention": sae.about.convention,
             "features": sae.weights.num_features(),
-            "features_that_fired": fired,
+            "features_that_fired": features.num_fired(),
             "fvu": fit.fvu(),
             "l0": fit.l0(),
             "l0_in_training": sae.about.expected_l0,
@@ -107,9 +106,8 @@ pub(super) fn show_fit(sae: &SaePlan, layers: &Layers, totals: &Totals, log: &Lo
         thousands(checked)
     );
     text += if totals.spliced_nats.is_empty() { "\n" } else { "  loss with x̂ in the place of x\n" };
-    for (layer, LayerFeatures { sums, fit, .. }) in layers {
-        let fired =
-            sums.values.as_ref().map(|values| values.fired.iter().filter(|&&fired| fired > 0).count());
+    for (layer, sums) in layers {
+        let (fit, fired) = (&sums.fit, sums.num_fired());
         let features = sae.saes.get(layer).map_or(0, |sae| sae.weights.num_features());
         let fired = fired.map_or("-".into(), |fired| fired.to_string());
         let l0 = fit.l0().map_or("-".into(), |l0| format!("{l0:.1}"));

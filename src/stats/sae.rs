@@ -243,6 +243,12 @@ impl<B: SaeBackend> SaeSink<B> {
 }
 
 impl LayerFeatures {
+    /// Features that fired at all, if values are there.
+    pub fn num_fired(&self) -> Option<usize> {
+        let values = self.sums.values.as_ref()?;
+        Some(values.fired.iter().filter(|fired| **fired > 0).count())
+    }
+
     /// Takes the tokens around what is largest in `chunk` of all that was seen.
     fn find_examples(&mut self, chunk: &Chunk) {
         let Some(values) = &self.sums.values else { return };
