@@ -14,6 +14,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use gradlens::backend::Backend;
 use gradlens::backend::cpu::Cpu;
 use gradlens::engine::{Engine, EngineSpec, LossReduction};
+use gradlens::model::op::Site;
 use gradlens::model::{Config, Spec, Tensor, describe};
 use gradlens::source::{Pass, PassSpec, Passes, TextSpec, Texts, Tokens};
 use gradlens::stats::MomentSink;
@@ -62,6 +63,7 @@ fn demo_on<B: Backend>(c: &mut Criterion, device: &str, backend: &B) {
     for (name, gradients) in [("values", false), ("gradients", true)] {
         let spec = EngineSpec {
             layers: (0..demo.spec.blocks.len()).collect(),
+            sites: vec![Site::Mlp],
             gradients,
             loss_reduction: LossReduction::Sample,
             chunk_tokens: 1024,
@@ -70,7 +72,7 @@ fn demo_on<B: Backend>(c: &mut Criterion, device: &str, backend: &B) {
         };
         group.bench_function(name, |b| {
             b.iter(|| {
-                let mut sink = MomentSink::new(&spec.layers, demo.spec.hidden_size);
+                let mut sink = MomentSink::new(&spec.widths(&demo.spec));
                 let mut engine = Engine::new(backend, &demo.spec, &demo.tensors, spec.clone());
                 for pass in &demo.passes {
                     engine.run(pass, &mut sink).unwrap();

@@ -16,7 +16,7 @@ use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::backend::{
     Backend, Chunk, FeatureSums, FeatureValues, Moments, Place, Positions, SaeBackend, SaeGradient,
 };
-use gradlens::model::op::Attention;
+use gradlens::model::op::{Attention, RmsNorm};
 use gradlens::model::sae::{FeatureMatrix, InputNorm, SaeActivation, SaeWeights};
 use gradlens::model::{Activation, Dtype, Tensor};
 
@@ -27,7 +27,10 @@ const INNER: usize = 4864;
 /// V.
 const VOCAB: usize = 151_936;
 /// H, K, Hd.
-const ATTENTION: Attention = Attention { heads: 14, kv_heads: 2, head_dim: 64, window: None, scale: 0.125 };
+const NORM: RmsNorm = RmsNorm { eps: 1e-6, offset: 0.0 };
+
+const ATTENTION: Attention =
+    Attention { heads: 14, kv_heads: 2, head_dim: 64, window: None, scale: 0.125, softcap: None };
 /// Width of k and of v, K·Hd.
 const KV: usize = ATTENTION.kv_heads * ATTENTION.head_dim;
 /// F.
@@ -166,7 +169,7 @@ fn loss(c: &mut Criterion) {
     for (name, want_gradient, products) in [("forward", false, 1), ("forward_and_gradient", true, 2)] {
         group.throughput(Throughput::Elements(products * product));
         group.bench_function(BenchmarkId::new(name, 128), |b| {
-            b.iter(|| cpu.loss(black_box(&x), &weight, &chunk, want_gradient).unwrap())
+            b.iter(|| cpu.loss(black_box(&x), &weight, None, &chunk, want_gradient).unwrap())
         });
     }
 }
@@ -183,10 +186,10 @@ fn elementwise(c: &mut Criterion) {
 
     let weight = random.weight(&[HIDDEN]);
     group.throughput(Throughput::Bytes(2 * narrow));
-    group.bench_function("norm/forward", |b| b.iter(|| cpu.norm(black_box(&x), &weight, 1e-6).unwrap()));
+    group.bench_function("norm/forward", |b| b.iter(|| cpu.norm(black_box(&x), &weight, NORM).unwrap()));
     group.throughput(Throughput::Bytes(3 * narrow));
     group.bench_function("norm/backward", |b| {
-        b.iter(|| cpu.norm_backward(black_box(&x), &weight, 1e-6, &dy, None).unwrap())
+        b.iter(|| cpu.norm_backward(black_box(&x), &weight, NORM, &dy, None).unwrap())
     });
 
     let inv_freq: Vec<f32> = (0..32).map(|j| 1e6f32.powf(-(j as f32) / 32.0)).collect();

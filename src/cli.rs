@@ -64,6 +64,12 @@ pub struct LayerArgs {
     #[arg(long, allow_hyphen_values = true, help_heading = "Model")]
     pub layers: Option<String>,
 
+    /// Places in each block: `mlp` (the MLP's output), `mlp_out` (what it adds to the residual stream), `mlp_hidden` (the
+    /// down-projection's input), `attn_out`, `resid_pre`, `resid_mid`, `resid_post`; several as a comma list
+    /// [default: mlp]
+    #[arg(long, value_name = "SITES", help_heading = "Model")]
+    pub site: Option<String>,
+
     /// Which texts.
     #[command(flatten)]
     pub texts: TextArgs,
@@ -144,6 +150,10 @@ pub struct LayerArgs {
         .help("What to aggregate: f, dL/df, or f·dL/df (attribution), f being a feature's activation")),
     mut_arg("layers", |arg| arg
         .help("Layers to analyse: `0-23`, `0,5,10`, `0-3,8,20-23`; every layer that has an SAE if left out")),
+    mut_arg("site", |arg| arg
+        .value_name("SITE")
+        .help("Where in a block the SAEs read and write, if it is not what their own configuration says: `mlp`, \
+            `mlp_out`, `mlp_hidden`, `attn_out`, `resid_pre`, `resid_mid`, `resid_post`")),
     mut_arg("device", |arg| arg
         .default_value("cpu")
         .help("Where to compute: `cpu`; `auto` is the CPU too, because SAEs do not run on CUDA devices yet")),
@@ -161,10 +171,6 @@ pub struct SaeArgs {
     /// Branch, tag or commit hash of the SAEs on the hub
     #[arg(long, default_value = "main", value_name = "REVISION", help_heading = "SAEs")]
     pub sae_revision: String,
-
-    /// Where in a block the SAEs read and write, if it is not what their own configuration says: `mlp`, `mlp_out`
-    #[arg(long, value_name = "SITE", help_heading = "SAEs")]
-    pub site: Option<String>,
 
     /// Features that gradients count for: all of them, or at each token those that are active (f > 0)
     #[arg(long, default_value = "all", value_name = "WHICH", help_heading = "SAEs")]

@@ -13,7 +13,8 @@ use crate::backend::cpu::Cpu;
 use crate::engine::Totals;
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
-use crate::output::{self, Log, Target, Timing, Unit};
+use crate::model::op::Site;
+use crate::output::{self, Log, OutputSpec, Target, Timing, Unit};
 use crate::plan::Plan;
 use crate::source::{self, Passes, SourceCounts, TextCounts, nothing_kept};
 use crate::stats::Direction;
@@ -61,7 +62,8 @@ fn stopped(error: Error, done: impl FnOnce() -> String) -> Error {
 
 fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Result<()> {
     let started = Instant::now();
-    let mut target = Target::prepare(&plan.output)?;
+    let prepared = |(site, output): &(Site, OutputSpec)| Ok((*site, Target::prepare(output)?));
+    let mut targets = plan.outputs.iter().map(prepared).collect::<Result<Vec<(Site, Target)>>>()?;
     let mut timing = Timing::default();
 
     // Texts before weights: a dataset that cannot be read says so at once, not after a large model is loaded.
@@ -126,33 +128,43 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let totals = work.totals();
     check_counts(plan, &counts, totals)?;
     warn_of_few(&counts.texts, plan, log);
-    let (mut record, tables) = record::record(plan, &counts, totals, &results, timing, log);
     let direction = if plan.engine.gradients { Direction::Gradients } else { Direction::Values };
-    let warning = results.dimensions().and_then(|layers| closing::sink_warning(layers, direction));
-    warning.iter().for_each(|warning| log.warn(warning));
     let bar = log.bar("writing results", Unit::Bytes, None);
-    output::write_arrays(&mut target, &mut record)?;
     // The tokenizer that read the texts went with them.
     let shown = results.features().map(|layers| Ok((layers, plan.open_tokens()?))).transpose()?;
-    if let Some((layers, tokens)) = &shown {
-        features::write_examples(&target, layers, tokens)?;
+    let mut records = Vec::new();
+    for (site, target) in &mut targets {
+        let (mut record, tables) = record::record(plan, *site, &counts, totals, &results, &timing, log);
+        let warning = closing::sink_warning(&results.dimensions(*site), direction);
+        warning.iter().for_each(|warning| log.warn(&closing::at_site(plan, *site, warning)));
+        output::write_arrays(target, &mut record)?;
+        if let Some((layers, tokens)) = &shown {
+            features::write_examples(target, layers, tokens)?;
+        }
+        record.timing.total_layers();
+        let total_s = started.elapsed().as_secs_f64() + plan.download_s.unwrap_or_default();
+        record.timing.set("total_runtime", total_s);
+        output::write_records(target, &record)?;
+        records.push((record.timing, tables));
     }
-    record.timing.total_layers();
-    let total_s = started.elapsed().as_secs_f64() + plan.download_s.unwrap_or_default();
-    record.timing.set("total_runtime", total_s);
-    output::write_records(&target, &record)?;
     drop(bar);
 
     log.out(&closing::summary(&counts, totals, compute_s));
     if let (Some(sae), Some(layers)) = (&plan.sae, results.features()) {
         features::show_fit(sae, layers, totals, log);
     }
-    closing::show(&tables, plan, log);
-    if let Some((layers, tokens)) = &shown {
-        features::show_examples(plan, &tables, layers, tokens, log)?;
+    for (_, tables) in &records {
+        closing::show(tables, plan, log);
+        if let Some((layers, tokens)) = &shown {
+            features::show_examples(plan, tables, layers, tokens, log)?;
+        }
     }
-    log.out(&output::timing::summary(&record.timing));
-    target.finish(log)?;
+    if let Some((timing, _)) = records.last() {
+        log.out(&output::timing::summary(timing));
+    }
+    for (_, target) in targets {
+        target.finish(log)?;
+    }
     Ok(())
 }
 

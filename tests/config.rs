@@ -248,7 +248,10 @@ fn what_is_not_computed_is_refused_by_name() {
 
 #[test]
 fn other_models_are_refused_by_name() {
-    refused(&with("mamba", json!({})), &["model_type", "llama, mistral, qwen2", "\"mamba\"", "hint:"]);
+    refused(
+        &with("mamba", json!({})),
+        &["model_type", "llama, mistral, mixtral, qwen2, qwen3, gemma2, gemma3_text", "\"mamba\"", "hint:"],
+    );
     refused(
         &json!({ "model_type": "llava", "text_config": { "model_type": "llama" } }),
         &["text_config", "\"llava\"", "several modalities"],

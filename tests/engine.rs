@@ -1,212 +1,26 @@
-//! Whole models in float64: the gradient shown at the mlp site of every layer against central differences of the
+//! Whole models in float64: the gradient shown at every site of every layer against central differences of the
 //! total loss, for every row of the table of architectures.
 //!
 //! The op list is data, so "this value, a little changed" is an op more: each block gets a table of offsets, one row
-//! per token, that is added to the mlp output right before its tap. Every position has a token id of its own, so
+//! per token, that is added to the site's value right before its tap. Every position has a token id of its own, so
 //! one element of the table moves one element of the site.
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "engine/movable.rs"]
+mod movable;
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
-use common::{Random, random_weights, relative_l2, tensor, tiny_config, tolerance};
+use common::{Random, relative_l2, tensor, tolerance};
 use gradlens::backend::Chunk;
 use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::engine::{Engine, EngineSpec, LossReduction};
 use gradlens::error::{Kind, Result};
 use gradlens::interrupt::Interrupt;
+use gradlens::model::Dtype;
 use gradlens::model::arch::ARCHITECTURES;
-use gradlens::model::op::{Op, Site, Slot, Weight};
-use gradlens::model::{Config, Dtype, Spec, Tensor, WeightSpec, describe};
-use gradlens::source::Pass;
-use gradlens::stats::{Direction, Sink, Splice, Tap};
-
-/// Lengths of the samples: longer than the windows, ragged, one of a single token.
-const LENGTHS: [usize; 5] = [9, 1, 6, 2, 14];
-const TOKENS: usize = 32;
-const VOCAB: usize = 40;
-/// A power of two, so that it is exact in the table's float32.
-const STEP: f64 = 1.0 / 131_072.0;
-
-struct Case {
-    model_type: &'static str,
-    /// What the case is for, laid over the tiny configuration.
-    keys: &'static str,
-    /// The same without it: the test must notice.
-    without: &'static str,
-}
-
-/// Three rotary frequencies of which one is kept, one blended, one divided.
-const LLAMA3: &str = r#", "head_dim": 6, "rope_scaling": {"rope_type": "llama3", "factor": 4.0,
-    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}"#;
-
-const CASES: &[Case] = &[
-    // Grouped queries; without: each query head has its own keys.
-    Case {
-        model_type: "llama",
-        keys: r#", "head_dim": 4"#,
-        without: r#", "head_dim": 4, "num_key_value_heads": 4"#,
-    },
-    Case { model_type: "llama", keys: LLAMA3, without: r#", "head_dim": 6"# },
-    Case {
-        model_type: "llama",
-        keys: r#", "head_dim": 6, "attention_bias": true, "mlp_bias": true"#,
-        without: r#", "head_dim": 6"#,
-    },
-    Case {
-        model_type: "llama",
-        keys: r#", "head_dim": 6, "rope_scaling": {"rope_type": "linear", "factor": 3.0}"#,
-        without: r#", "head_dim": 6"#,
-    },
-    Case {
-        model_type: "mistral",
-        keys: r#", "head_dim": 4, "sliding_window": 3, "num_key_value_heads": 1"#,
-        without: r#", "head_dim": 4, "sliding_window": 4, "num_key_value_heads": 1"#,
-    },
-    // Biases of q, k and v, a window from layer 1 on, a tied head.
-    Case {
-        model_type: "qwen2",
-        keys: r#", "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": true,
-            "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1"#,
-        without: r#", "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": false,
-            "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1"#,
-    },
-    Case {
-        model_type: "qwen2",
-        keys: r#", "num_attention_heads": 6, "num_key_value_heads": 3, "use_sliding_window": true,
-            "sliding_window": 4, "max_window_layers": 2"#,
-        without: r#", "num_attention_heads": 6, "num_key_value_heads": 3, "use_sliding_window": true,
-            "sliding_window": 4, "max_window_layers": 3"#,
-    },
-];
-
-/// A model whose mlp outputs can be moved.
-struct Movable {
-    spec: Spec,
-    tensors: Vec<Tensor>,
-    /// By layer, the weight that holds its offsets. [V, D]
-    offsets: Vec<Weight>,
-}
-
-impl Movable {
-    fn new(model_type: &str, keys: &str) -> Self {
-        let text = tiny_config(model_type, &format!(r#", "vocab_size": {VOCAB}{keys}"#));
-        let config = Config::from_json(&text, Path::new("config.json")).unwrap();
-        let mut spec = describe(&config);
-        let mut tensors: Vec<Tensor> = spec.weights.iter().flat_map(|w| drawn(&spec, w)).collect();
-        let shape = vec![VOCAB, spec.hidden_size];
-        let mut offsets = Vec::new();
-        for block in &mut spec.blocks {
-            let weight = Weight(tensors.len());
-            spec.weights.push(WeightSpec { name: "offsets".into(), shape: shape.clone() });
-            tensors.push(tensor(Dtype::F32, &shape, &vec![0.0; VOCAB * shape[1]]));
-            offsets.push(weight);
-            // mlp → mlp + offsets, for the tap and for all that follows.
-            let at = block.tap(Site::Mlp).unwrap();
-            let Op::Tap { x: mlp, .. } = block.ops[at] else { unreachable!() };
-            let (offset, moved) = (Slot(block.widths.len()), Slot(block.widths.len() + 1));
-            block.widths.extend([shape[1]; 2]);
-            for op in &mut block.ops[at..] {
-                match op {
-                    Op::Tap { x, .. } => *x = moved,
-                    Op::Add { a, b, .. } => {
-                        for slot in [a, b] {
-                            *slot = if *slot == mlp { moved } else { *slot };
-                        }
-                    }
-                    other => panic!("{other:?} after the mlp"),
-                }
-            }
-            let ops = [Op::Embed { table: weight, out: offset }, Op::Add { a: mlp, b: offset, out: moved }];
-            block.ops.splice(at..at, ops);
-        }
-        Self { spec, tensors, offsets }
-    }
-
-    /// Runs all samples; what the sites show, and the loss in nats over all targets.
-    fn run(&self, spec: EngineSpec) -> (Shown, f64) {
-        let cpu = Cpu::<f64>::new();
-        let mut shown = Shown::default();
-        let mut engine = Engine::new(&cpu, &self.spec, &self.tensors, spec);
-        let run = engine.run(&pass(), &mut shown).unwrap();
-        (shown, run.settle(&cpu).unwrap().nats.unwrap().iter().sum())
-    }
-
-    /// The loss with element (row, dimension) of a layer's mlp output moved.
-    fn loss_moved(&mut self, layer: usize, row: usize, dimension: usize, by: f64) -> f64 {
-        let d = self.spec.hidden_size;
-        let mut values = vec![0.0; VOCAB * d];
-        values[pass().ids[row] as usize * d + dimension] = by;
-        let index = self.offsets[layer].0;
-        let moved = tensor(Dtype::F32, &[VOCAB, d], &values);
-        let still = std::mem::replace(&mut self.tensors[index], moved);
-        // The last layer alone: the loss needs no backward.
-        let (_, loss) = self.run(EngineSpec { layers: vec![2], ..all_layers() });
-        self.tensors[index] = still;
-        loss
-    }
-}
-
-/// The tensor of one weight, drawn by its name: two models differ in nothing but what their configurations say.
-fn drawn(spec: &Spec, weight: &WeightSpec) -> Vec<Tensor> {
-    let seed = weight.name.bytes().fold(5, |seed: u64, byte| seed.wrapping_mul(31) + u64::from(byte));
-    random_weights(&Spec { weights: vec![weight.clone()], ..spec.clone() }, Dtype::F32, seed)
-}
-
-/// Values and gradients of the mlp site, row after row. [N, D]
-#[derive(Default, PartialEq)]
-struct Shown(BTreeMap<(usize, Direction), Vec<f64>>);
-
-impl Shown {
-    fn gradient(&self, layer: usize) -> &[f64] {
-        &self.0[&(layer, Direction::Gradients)]
-    }
-}
-
-impl Sink<Cpu<f64>> for Shown {
-    fn push(&mut self, _: &Cpu<f64>, tap: Tap, _: &Chunk, x: &Buf<f64>) -> Result<()> {
-        assert_eq!(tap.site, Site::Mlp);
-        self.0.entry((tap.layer, tap.direction)).or_default().extend_from_slice(x);
-        Ok(())
-    }
-}
-
-fn all_layers() -> EngineSpec {
-    EngineSpec {
-        layers: vec![0, 1, 2],
-        gradients: true,
-        loss_reduction: LossReduction::Token,
-        chunk_tokens: 1000,
-        keep_from: 0,
-        resident_layers: usize::MAX,
-    }
-}
-
-/// Samples of [`LENGTHS`]; every token id at most once, so that each position can be moved by itself.
-fn pass() -> Pass {
-    let mut ids: Vec<u32> = (0..VOCAB as u32).collect();
-    let mut random = Random::new(3);
-    for i in (1..VOCAB).rev() {
-        ids.swap(i, random.below(i + 1));
-    }
-    ids.truncate(TOKENS);
-    let mut cu_seqlens = vec![0];
-    for length in LENGTHS {
-        cu_seqlens.push(cu_seqlens.last().unwrap() + length);
-    }
-    assert_eq!(cu_seqlens.last(), Some(&TOKENS));
-    let targets: Vec<u64> = LENGTHS.iter().map(|length| *length as u64 - 1).collect();
-    // Batches of two samples, the last one alone.
-    let batch_targets = (0..LENGTHS.len()).map(|s| targets[s / 2 * 2..].iter().take(2).sum()).collect();
-    Pass { ids, cu_seqlens, samples: (0..LENGTHS.len() as u64).collect(), batch_targets }
-}
-
-/// The sample of each row.
-fn sample_of_row() -> Vec<usize> {
-    LENGTHS.iter().enumerate().flat_map(|(sample, length)| vec![sample; *length]).collect()
-}
+use gradlens::model::op::Site;
+use gradlens::stats::{Sink, Splice, Tap};
+use movable::{CASES, Case, LENGTHS, Movable, STEP, Shown, TOKENS, VOCAB, all_layers, pass, sample_of_row};
 
 /// (row, dimension) of the places that are compared: every row, and every dimension somewhere.
 fn places(d: usize) -> Vec<(usize, usize)> {
@@ -223,23 +37,29 @@ fn every_architecture_has_a_case() {
 #[test]
 fn gradients_are_central_differences() {
     for Case { model_type, keys, without } in CASES {
-        let mut model = Movable::new(model_type, keys);
-        let other = Movable::new(model_type, without).run(all_layers()).0;
-        let (shown, _) = model.run(all_layers());
-        let d = model.spec.hidden_size;
-        for layer in 0..3 {
-            let (mut exact, mut numeric, mut of_other) = (vec![], vec![], vec![]);
-            for (row, dimension) in places(d) {
-                let mut at = |by: f64| model.loss_moved(layer, row, dimension, by);
-                numeric.push((at(STEP) - at(-STEP)) / (2.0 * STEP));
-                exact.push(shown.gradient(layer)[row * d + dimension]);
-                of_other.push(other.gradient(layer)[row * d + dimension]);
+        for site in Site::ALL {
+            let Some(mut model) = Movable::at(site, model_type, keys) else { continue };
+            let other = Movable::at(site, model_type, without).unwrap();
+            let other = other.run(other.all_layers()).0;
+            let (shown, _) = model.run(model.all_layers());
+            let width = model.width;
+            for layer in 0..3 {
+                let (mut exact, mut numeric, mut of_other) = (vec![], vec![], vec![]);
+                // Every row and dimension of the default site; of the others some.
+                let places = places(width).into_iter().step_by(if site == Site::Mlp { 1 } else { 5 });
+                for (row, dimension) in places {
+                    let mut at = |by: f64| model.loss_moved(layer, row, dimension, by);
+                    numeric.push((at(STEP) - at(-STEP)) / (2.0 * STEP));
+                    exact.push(shown.gradient(layer)[row * width + dimension]);
+                    of_other.push(other.gradient(layer)[row * width + dimension]);
+                }
+                let what = format!("{model_type}{keys} layer {layer} {}", site.name());
+                let error = relative_l2(&exact, &numeric);
+                assert!(error <= tolerance::FINITE_DIFFERENCES, "{what}: {error:e}");
+                // Were the feature ignored, the comparison would see it.
+                let distance = relative_l2(&of_other, &numeric);
+                assert!(distance > 1e-3, "{what}: not tested, {distance:e}");
             }
-            let error = relative_l2(&exact, &numeric);
-            assert!(error <= tolerance::FINITE_DIFFERENCES, "{model_type}{keys} layer {layer}: {error:e}");
-            // Were the feature ignored, the comparison would see it.
-            let distance = relative_l2(&of_other, &numeric);
-            assert!(distance > 1e-3, "{model_type}{keys} layer {layer}: not tested, {distance:e}");
         }
     }
 }
@@ -385,18 +205,15 @@ fn a_spliced_layer_is_a_moved_one() {
             [(vec![0, 1, 2], 0, 1000), (vec![0, 2], 3, 10), (vec![1], 2, 1)]
         {
             let spec = EngineSpec { layers: layers.clone(), keep_from, chunk_tokens, ..all_layers() };
-            let mut splice = Moved { by: by.clone(), shown: Shown::default() };
+            let mut splice = Moved { by: by.clone(), shown: Shown::at(Site::Mlp) };
             let mut engine = Engine::new(&cpu, &model.spec, &model.tensors, spec);
             let totals = engine.run_spliced(&pass(), &mut splice).unwrap().settle(&cpu).unwrap();
             let own: f64 = totals.nats.unwrap().iter().sum();
             assert!((own - loss).abs() <= 1e-12 * loss, "{model_type}: the model's own loss, {own} {loss}");
             assert!(totals.spliced_nats.keys().copied().eq(layers.iter().copied()));
             for layer in layers {
-                let values = &splice.shown.0[&(layer, Direction::Values)];
-                assert!(
-                    *values == plain.0[&(layer, Direction::Values)],
-                    "{model_type} layer {layer}: values"
-                );
+                let values = splice.shown.values(layer);
+                assert!(values == plain.values(layer), "{model_type} layer {layer}: values");
                 let index = model.offsets[layer].0;
                 let still =
                     std::mem::replace(&mut model.tensors[index], tensor(Dtype::F32, &[VOCAB, d], &by));

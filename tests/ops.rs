@@ -4,11 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "ops/moe.rs"]
+mod moe;
 
 use common::{Random, relative_l2, tensor, tolerance};
 use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::backend::{Backend, Chunk, Moments};
-use gradlens::model::op::Attention;
+use gradlens::model::op::{Attention, RmsNorm};
 use gradlens::model::{Activation, Dtype};
 
 /// Lengths of the samples of a chunk: one token, none, more than an attention block, fewer rows in all
@@ -67,13 +69,16 @@ fn adds(
 #[test]
 fn norm() {
     let cpu = Cpu::<f64>::new();
-    for (rows, width) in [(1, 5), (3, 16), (11, 37)] {
+    // Runs of `width`, several in a row, and a weight that is stored less 1.
+    for (rows, width, runs, offset) in [(1, 5, 1, 0.0), (3, 16, 1, 1.0), (11, 37, 1, 0.0), (3, 6, 4, 1.0)] {
+        let norm = RmsNorm { eps: 1e-3, offset };
         let mut random = Random::new(1);
-        let (x, c) = (random.normals(rows * width), random.normals(rows * width));
+        let size = rows * runs * width;
+        let (x, c) = (random.normals(size), random.normals(size));
         let w = random.normals(width);
         let weight = tensor(Dtype::F32, &[width], &w);
-        let w: Vec<f64> = w.iter().map(|&v| f64::from(v as f32)).collect();
-        let run = |x: &[f64]| cpu.norm(&cpu.from_slice(x, width), &weight, 1e-3).unwrap().to_vec();
+        let w: Vec<f64> = w.iter().map(|&v| f64::from(v as f32) + offset).collect();
+        let run = |x: &[f64]| cpu.norm(&cpu.from_slice(x, runs * width), &weight, norm).unwrap().to_vec();
         let expected: Vec<f64> = x
             .chunks(width)
             .flat_map(|x| {
@@ -82,8 +87,9 @@ fn norm() {
             })
             .collect();
         assert!(relative_l2(&run(&x), &expected) < 1e-14);
-        let (xb, dy) = (cpu.from_slice(&x, width), cpu.from_slice(&c, width));
-        let dx = adds(&cpu, "norm", width, |dx| cpu.norm_backward(&xb, &weight, 1e-3, &dy, dx).unwrap());
+        let (xb, dy) = (cpu.from_slice(&x, runs * width), cpu.from_slice(&c, runs * width));
+        let dx =
+            adds(&cpu, "norm", runs * width, |dx| cpu.norm_backward(&xb, &weight, norm, &dy, dx).unwrap());
         check("norm", &x, &dx, |x| dot(&run(x), &c));
     }
 }
@@ -156,7 +162,8 @@ fn attention_by_definition(qkv: [&[f64]; 3], lengths: &[usize], a: &Attention) -
                 let seen: Vec<usize> = (0..=i).filter(|&j| a.window.is_none_or(|w| i - j < w)).collect();
                 let scores: Vec<f64> = seen
                     .iter()
-                    .map(|j| (a.scale * dot(q, &k[(start + j) * kv_width + kv..][..hd])).exp())
+                    .map(|j| a.scale * dot(q, &k[(start + j) * kv_width + kv..][..hd]))
+                    .map(|s| a.softcap.map_or(s, |cap| cap * (s / cap).tanh()).exp())
                     .collect();
                 let total: f64 = scores.iter().sum();
                 for (j, score) in seen.iter().zip(&scores) {
@@ -176,9 +183,16 @@ fn attention_by_definition(qkv: [&[f64]; 3], lengths: &[usize], a: &Attention) -
 fn attend() {
     let cpu = Cpu::<f64>::new();
     for lengths in LENGTHS {
-        for (heads, kv_heads, window) in [(4, 2, None), (2, 2, Some(3)), (3, 1, Some(1)), (2, 1, Some(65))] {
+        let shapes = [
+            (4, 2, None, None),
+            (2, 2, Some(3), Some(0.8)),
+            (3, 1, Some(1), None),
+            (2, 1, Some(65), None),
+            (2, 1, None, Some(1.3)),
+        ];
+        for (heads, kv_heads, window, softcap) in shapes {
             let chunk = chunk(lengths, 10, 4);
-            let attention = Attention { heads, kv_heads, head_dim: 4, window, scale: 0.7 };
+            let attention = Attention { heads, kv_heads, head_dim: 4, window, scale: 0.7, softcap };
             let n = chunk.num_tokens();
             let mut random = Random::new(4);
             let widths = [heads * 4, kv_heads * 4, kv_heads * 4];
@@ -220,16 +234,27 @@ fn gate() {
     let cpu = Cpu::<f64>::new();
     let mut random = Random::new(5);
     let (g, u, c) = (random.normals(77), random.normals(77), random.normals(77));
-    let run = |g: &[f64], u: &[f64]| {
-        cpu.gate(&cpu.from_slice(g, 7), &cpu.from_slice(u, 7), Activation::Silu).unwrap().to_vec()
+    let silu: fn(f64) -> f64 = |g| g / (1.0 + (-g).exp());
+    let gelu_tanh: fn(f64) -> f64 = |g| {
+        let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+        0.5 * g * (1.0 + inner.tanh())
     };
-    let expected: Vec<f64> = g.iter().zip(&u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-    assert!(relative_l2(&run(&g, &u), &expected) < 1e-14);
-    let (gb, ub, dout) = (cpu.from_slice(&g, 7), cpu.from_slice(&u, 7), cpu.from_slice(&c, 7));
-    let backward = |before| cpu.gate_backward(&gb, &ub, Activation::Silu, &dout, before).unwrap();
+    for (activation, by_definition) in [(Activation::Silu, silu), (Activation::GeluTanh, gelu_tanh)] {
+        gate_of(&cpu, activation, by_definition, [&g, &u, &c]);
+    }
+}
+
+fn gate_of(cpu: &Cpu<f64>, activation: Activation, by_definition: fn(f64) -> f64, [g, u, c]: [&[f64]; 3]) {
+    let run = |g: &[f64], u: &[f64]| {
+        cpu.gate(&cpu.from_slice(g, 7), &cpu.from_slice(u, 7), activation).unwrap().to_vec()
+    };
+    let expected: Vec<f64> = g.iter().zip(u).map(|(g, u)| by_definition(*g) * u).collect();
+    assert!(relative_l2(&run(g, u), &expected) < 1e-14);
+    let (gb, ub, dout) = (cpu.from_slice(g, 7), cpu.from_slice(u, 7), cpu.from_slice(c, 7));
+    let backward = |before| cpu.gate_backward(&gb, &ub, activation, &dout, before).unwrap();
     let [dg, du] = backward([None, None]).map(|d| d.to_vec());
-    check("gate", &g, &dg, |g| dot(&run(g, &u), &c));
-    check("up", &u, &du, |u| dot(&run(&g, u), &c));
+    check("gate", g, &dg, |g| dot(&run(g, u), c));
+    check("up", u, &du, |u| dot(&run(g, u), c));
     let [dg2, du2] = backward([Some(cpu.from_slice(&dg, 7)), Some(cpu.from_slice(&du, 7))]);
     for (twice, once) in [(&dg2, &dg), (&du2, &du)] {
         let doubled: Vec<f64> = once.iter().map(|g| 2.0 * g).collect();
@@ -249,7 +274,8 @@ fn add() {
 fn loss() {
     let cpu = Cpu::<f64>::new();
     // A vocabulary of several tiles, whose last one is narrow.
-    for (lengths, vocab) in LENGTHS.iter().flat_map(|l| [(l, 10), (l, 257), (l, 600)]) {
+    let cases = LENGTHS.iter().flat_map(|l| [(l, 10, None), (l, 257, Some(2.5)), (l, 600, None)]);
+    for (lengths, vocab, softcap) in cases {
         let chunk = chunk(lengths, vocab, 6);
         let width = 5;
         let n = chunk.num_tokens();
@@ -257,14 +283,15 @@ fn loss() {
         let x = random.normals(n * width);
         let w: Vec<f64> = random.normals(vocab * width).iter().map(|&v| f64::from(v as f32)).collect();
         let weight = tensor(Dtype::F32, &[vocab, width], &w);
-        let run = |x: &[f64]| cpu.loss(&cpu.from_slice(x, width), &weight, &chunk, true).unwrap();
+        let run = |x: &[f64]| cpu.loss(&cpu.from_slice(x, width), &weight, softcap, &chunk, true).unwrap();
         let (nats, dx) = run(&x);
         for (s, rows) in chunk.samples().enumerate() {
             let expected: f64 = (rows.start..rows.end.max(1) - 1)
                 .filter(|_| !rows.is_empty())
                 .map(|r| {
+                    let z = (0..vocab).map(|j| dot(&x[r * width..][..width], &w[j * width..][..width]));
                     let z: Vec<f64> =
-                        (0..vocab).map(|j| dot(&x[r * width..][..width], &w[j * width..][..width])).collect();
+                        z.map(|z| softcap.map_or(z, |cap: f64| cap * (z / cap).tanh())).collect();
                     let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
                     lse - z[chunk.ids[r + 1] as usize]
                 })
@@ -278,7 +305,7 @@ fn loss() {
         for rows in chunk.samples().filter(|rows| !rows.is_empty()) {
             assert!(dx[(rows.end - 1) * width..rows.end * width].iter().all(|&d| d == 0.0));
         }
-        let (same, none) = cpu.loss(&cpu.from_slice(&x, width), &weight, &chunk, false).unwrap();
+        let (same, none) = cpu.loss(&cpu.from_slice(&x, width), &weight, softcap, &chunk, false).unwrap();
         assert!(same == nats && none.is_none());
     }
 }
@@ -289,7 +316,8 @@ fn embed() {
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
         let table = tensor(dtype, &[3, 2], &[0.0, 0.5, 1.0, 1.5, 2.0, 2.5]);
         let chunk = Chunk { ids: vec![2, 0, 2], ..Chunk::default() };
-        assert_eq!(&*cpu.embed(&table, &chunk).unwrap(), [2.0, 2.5, 0.0, 0.5, 2.0, 2.5]);
+        assert_eq!(&*cpu.embed(&table, 1.0, &chunk).unwrap(), [2.0, 2.5, 0.0, 0.5, 2.0, 2.5]);
+        assert_eq!(&*cpu.embed(&table, 3.0, &chunk).unwrap(), [6.0, 7.5, 0.0, 1.5, 6.0, 7.5]);
     }
 }
 

@@ -16,6 +16,7 @@ use golden::{Expected, Golden, load, mean, repository, settings};
 use gradlens::backend::cpu::Cpu;
 use gradlens::backend::{Moments, Place, SaeGradient};
 use gradlens::engine::{Engine, EngineSpec, LossReduction, Totals};
+use gradlens::model::op::Site;
 use gradlens::stats::{LayerFeatures, Quantity, SaeSink, SaeSpec};
 use gradlens::weights::sae::{self, LlamaScopeConvention, SaeOptions};
 use serde_json::Value;
@@ -100,6 +101,7 @@ const REPLACE: How = How { spliced: true, ..ERROR };
 fn run(cpu: &Cpu<f32>, golden: &Golden, spec: SaeSpec, how: How) -> Run {
     let engine = EngineSpec {
         layers: spec.saes.keys().copied().collect(),
+        sites: vec![Site::Mlp],
         gradients: spec.gradients(),
         loss_reduction: how.reduction,
         chunk_tokens: how.chunk_tokens,

@@ -37,7 +37,7 @@ fn raw(header: &str, data_bytes: usize) -> Vec<u8> {
 }
 
 fn spec(name: &str, shape: &[usize]) -> WeightSpec {
-    WeightSpec { name: name.into(), shape: shape.into() }
+    WeightSpec { name: name.into(), shape: shape.into(), elsewhere: None }
 }
 
 fn from_bytes(bytes: Vec<u8>) -> Result<Checkpoint, String> {

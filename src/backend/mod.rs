@@ -16,7 +16,7 @@ use std::ops::Range;
 pub use sae::{FeatureSums, FeatureValues, Fit, Place, Positions, SaeBackend, SaeGradient};
 
 use crate::error::Result;
-use crate::model::op::{Attention, Block, Fused, Site, Weight};
+use crate::model::op::{Attention, Block, Fused, RmsNorm, Site, Weight};
 use crate::model::{Activation, Packing, Program, Spec, Tensor, Usage};
 
 /// Whole samples that run through a layer's ops together.
@@ -156,14 +156,17 @@ pub trait Lower {
     /// backward.
     fn temporary_bytes(&self, block: &Block<Self::Fused>, index: usize) -> [u64; 2];
 
-    /// Bytes of the statistics of so many layers, of all passes under way.
-    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64;
+    /// Bytes that a block takes however few the tokens of a chunk are: where rows are padded.
+    fn padding_bytes(&self, block: &Block<Self::Fused>) -> u64;
+
+    /// Bytes of the statistics of taps of these widths, of all passes under way.
+    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64;
 
     /// Bytes of the rotary angles of so many pairs and positions.
     fn rope_bytes(&self, pairs: usize, positions: usize) -> u64;
 
     /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
-    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64;
+    fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64;
 
     /// Bytes that [`Backend::linear`] and its backward need besides arguments and result, for N = `tokens` and
     /// an input of `width`.
@@ -190,8 +193,8 @@ impl<W> Weights<W> {
 pub struct Scope<'a, B: Backend + ?Sized> {
     /// Loaded weights, those of the block among them.
     pub weights: &'a Weights<B::Weight>,
-    /// Rotary angles for all positions of the chunk.
-    pub rope: &'a B::Rope,
+    /// Rotary angles for all positions of the chunk, in the order of [`Spec::inv_freq`].
+    pub ropes: &'a [B::Rope],
     /// The samples.
     pub chunk: &'a B::Chunk,
 }
@@ -221,6 +224,8 @@ pub trait Backend: Lower {
     type Moments;
     /// Whether values that were added up were finite, once it is known.
     type Finite;
+    /// Which experts each token of a chunk goes to.
+    type Routes;
     /// Nats of each sample, once they are known.
     type Nats;
     /// A moment in the device's work.
@@ -244,16 +249,16 @@ pub trait Backend: Lower {
     fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Result<Self::Rope>;
 
     /// See [`crate::model::op::Op::Embed`]; → `[N, D]`.
-    fn embed(&self, table: &Self::Weight, chunk: &Self::Chunk) -> Result<Self::Buf>;
+    fn embed(&self, table: &Self::Weight, scale: f64, chunk: &Self::Chunk) -> Result<Self::Buf>;
 
-    /// See [`crate::model::op::Op::Norm`]; x `[N, width]` → `[N, width]`.
-    fn norm(&self, x: &Self::Buf, weight: &Self::Weight, eps: f64) -> Result<Self::Buf>;
-    /// dx += r·(w∘dy) − x·r³·⟨w∘dy, x⟩/width with r = 1/√(mean(x²) + eps), per row.
+    /// See [`crate::model::op::Op::Norm`]; x `[N, k·width]` → the same shape.
+    fn norm(&self, x: &Self::Buf, weight: &Self::Weight, norm: RmsNorm) -> Result<Self::Buf>;
+    /// dx += r·(w∘dy) − x·r³·⟨w∘dy, x⟩/width with r = 1/√(mean(x²) + eps), per run; w with its offset.
     fn norm_backward(
         &self,
         x: &Self::Buf,
         weight: &Self::Weight,
-        eps: f64,
+        norm: RmsNorm,
         dy: &Self::Buf,
         dx: Option<Self::Buf>,
     ) -> Result<Self::Buf>;
@@ -283,8 +288,8 @@ pub trait Backend: Lower {
 
     /// See [`crate::model::op::Op::Attend`].
     fn attend(&self, qkv: [&Self::Buf; 3], attention: &Attention, chunk: &Self::Chunk) -> Result<Self::Buf>;
-    /// With P = softmax(scale·q·kᵀ) and dP = dout·vᵀ: dS = P∘(dP − ⟨P, dP⟩);
-    /// dq += scale·dS·k, dk += scale·dSᵀ·q, dv += Pᵀ·dout.
+    /// With P = softmax(scale·q·kᵀ) and dP = dout·vᵀ: dS = P∘(dP − ⟨P, dP⟩), with a soft-cap c of scores s times
+    /// 1 − (s/c)²; dq += scale·dS·k, dk += scale·dSᵀ·q, dv += Pᵀ·dout.
     fn attend_backward(
         &self,
         qkv: [&Self::Buf; 3],
@@ -306,6 +311,56 @@ pub trait Backend: Lower {
         dgate_dup: [Option<Self::Buf>; 2],
     ) -> Result<[Self::Buf; 2]>;
 
+    /// See [`crate::model::op::Op::Route`]; logits `[N, E]` → `[N, k]`.
+    fn route(&self, logits: &Self::Buf, top_k: usize) -> Result<(Self::Buf, Self::Routes)>;
+    /// dlogits[n, e] += sⱼ·(dsⱼ − Σᵢ sᵢ·dsᵢ) where e is n's j-th expert. `experts`: E.
+    fn route_backward(
+        &self,
+        scores: &Self::Buf,
+        routes: &Self::Routes,
+        dscores: &Self::Buf,
+        experts: usize,
+        dlogits: Option<Self::Buf>,
+    ) -> Result<Self::Buf>;
+
+    /// See [`crate::model::op::Op::Dispatch`].
+    fn dispatch(&self, x: &Self::Buf, routes: &Self::Routes) -> Result<Self::Buf>;
+    /// dx[n] += the sum of the rows of dy that are token n's, in the order of their experts.
+    fn dispatch_backward(
+        &self,
+        dy: &Self::Buf,
+        routes: &Self::Routes,
+        dx: Option<Self::Buf>,
+    ) -> Result<Self::Buf>;
+
+    /// See [`crate::model::op::Op::ExpertLinear`]; one weight per expert, `[out, in]`.
+    fn expert_linear(
+        &self,
+        x: &Self::Buf,
+        weights: &[&Self::Weight],
+        routes: &Self::Routes,
+    ) -> Result<Self::Buf>;
+    /// dx += dy·Wₑ, row by row.
+    fn expert_linear_backward(
+        &self,
+        weights: &[&Self::Weight],
+        routes: &Self::Routes,
+        dy: &Self::Buf,
+        dx: Option<Self::Buf>,
+    ) -> Result<Self::Buf>;
+
+    /// See [`crate::model::op::Op::Combine`].
+    fn combine(&self, x: &Self::Buf, scores: &Self::Buf, routes: &Self::Routes) -> Result<Self::Buf>;
+    /// dx[row of (n, j)] += scores[n, j]·dout[n], dscores[n, j] += ⟨x[row of (n, j)], dout[n]⟩.
+    fn combine_backward(
+        &self,
+        x: &Self::Buf,
+        scores: &Self::Buf,
+        routes: &Self::Routes,
+        dout: &Self::Buf,
+        dx_dscores: [Option<Self::Buf>; 2],
+    ) -> Result<[Self::Buf; 2]>;
+
     /// See [`crate::model::op::Op::Add`].
     fn add(&self, a: &Self::Buf, b: &Self::Buf) -> Result<Self::Buf>;
     /// dx += dy, the backward of each operand of an addition.
@@ -317,6 +372,7 @@ pub trait Backend: Lower {
         &self,
         x: &Self::Buf,
         weight: &Self::Weight,
+        softcap: Option<f64>,
         chunk: &Self::Chunk,
         want_gradient: bool,
     ) -> Result<(Self::Nats, Option<Self::Buf>)>;

@@ -25,10 +25,11 @@ pub fn backward<B: Backend>(
     state: &mut State<B>,
     on_tap: OnTap<'_, B::Buf>,
 ) -> Result<()> {
-    let Scope { weights, rope, chunk } = *scope;
+    let Scope { weights, ropes, chunk } = *scope;
     let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start).rev() {
-        let State { slots, grads, .. } = &mut *state;
+        let State { slots, grads, routes, .. } = &mut *state;
+        let routes = || routes.as_ref().unwrap_or_else(|| panic!("op {index} ({op:?}) misses the routes"));
         let missing = |what: &str| -> ! { panic!("op {index} ({op:?}) misses a {what}") };
         let value = |slot: Slot| slots[slot.0].as_ref().unwrap_or_else(|| missing("saved value"));
         match *op {
@@ -38,20 +39,20 @@ pub fn backward<B: Backend>(
             }
             // The loss put its gradient in place on the way forward; token ids have none.
             Op::Loss { .. } | Op::Embed { .. } => {}
-            Op::Norm { x, weight: w, eps, out } => {
+            Op::Norm { x, weight: w, norm, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let dx = grads[x.0].take();
-                grads[x.0] = Some(backend.norm_backward(value(x), weight(w), eps, &dy, dx)?);
+                grads[x.0] = Some(backend.norm_backward(value(x), weight(w), norm, &dy, dx)?);
             }
             Op::Linear { x, weight: w, out, .. } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let dx = grads[x.0].take();
                 grads[x.0] = Some(backend.linear_backward(weight(w), &dy, dx)?);
             }
-            Op::Rope { x, heads, out } => {
+            Op::Rope { x, heads, table, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let dx = grads[x.0].take();
-                grads[x.0] = Some(backend.rope_backward(&dy, heads, rope, chunk, dx)?);
+                grads[x.0] = Some(backend.rope_backward(&dy, heads, &ropes[table], chunk, dx)?);
             }
             Op::Attend { q, k, v, ref attention, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
@@ -67,6 +68,30 @@ pub fn backward<B: Backend>(
                 let before = [gate, up].map(|slot| grads[slot.0].take());
                 let after = backend.gate_backward(value(gate), value(up), activation, &dy, before)?;
                 for (slot, grad) in [gate, up].into_iter().zip(after) {
+                    grads[slot.0] = Some(grad);
+                }
+            }
+            Op::Route { out, logits, .. } => {
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let (dx, experts) = (grads[logits.0].take(), block.widths[logits.0]);
+                grads[logits.0] = Some(backend.route_backward(value(out), routes(), &dy, experts, dx)?);
+            }
+            Op::Dispatch { x, out } => {
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let dx = grads[x.0].take();
+                grads[x.0] = Some(backend.dispatch_backward(&dy, routes(), dx)?);
+            }
+            Op::ExpertLinear { x, weights: ref ws, out } => {
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let dx = grads[x.0].take();
+                let ws: Vec<_> = ws.iter().map(|&number| weight(number)).collect();
+                grads[x.0] = Some(backend.expert_linear_backward(&ws, routes(), &dy, dx)?);
+            }
+            Op::Combine { x, scores, out } => {
+                let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
+                let before = [x, scores].map(|slot| grads[slot.0].take());
+                let after = backend.combine_backward(value(x), value(scores), routes(), &dy, before)?;
+                for (slot, grad) in [x, scores].into_iter().zip(after) {
                     grads[slot.0] = Some(grad);
                 }
             }

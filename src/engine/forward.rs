@@ -37,18 +37,18 @@ pub fn forward<B: Backend>(
     on_tap: OnTap<'_, B::Buf>,
 ) -> Result<()> {
     let last_uses = block.last_uses(ops.end);
-    let saved = match keep {
+    let mut saved = match keep {
         Keep::Output => vec![false; block.widths.len()],
         Keep::Input => (0..block.widths.len()).map(|slot| slot == Block::INPUT.0).collect(),
         Keep::For(start) => block.saved(start),
         Keep::Rest => block.read(ops.end),
     };
+    // The next block reads it.
+    saved[block.output.0] |= ops.end == block.ops.len();
     // What a fused op has to write: what is read by an op to come, on either way, or by the next block.
-    let whole = ops.end == block.ops.len();
-    let wanted: Vec<bool> = (0..block.widths.len())
-        .map(|slot| saved[slot] || last_uses[slot].is_some() || (whole && slot == block.output.0))
-        .collect();
-    let Scope { weights, rope, chunk } = *scope;
+    let wanted: Vec<bool> =
+        saved.iter().zip(&last_uses).map(|(saved, last_use)| *saved || last_use.is_some()).collect();
+    let Scope { weights, ropes, chunk } = *scope;
     let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start) {
         if let Op::Fused(fused) = op {
@@ -61,27 +61,42 @@ pub fn forward<B: Backend>(
             Some(buf) => buf,
             None => panic!("op {index} ({op:?}) reads an empty slot"),
         };
+        let routes = || match &state.routes {
+            Some(routes) => routes,
+            None => panic!("op {index} ({op:?}) goes by routes that nobody chose"),
+        };
         let (out, value) = match *op {
             Op::Fused(_) => continue,
-            Op::Embed { table, out } => (out, backend.embed(weight(table), chunk)?),
-            Op::Norm { x, weight: w, eps, out } => (out, backend.norm(get(x), weight(w), eps)?),
+            Op::Embed { table, scale, out } => (out, backend.embed(weight(table), scale, chunk)?),
+            Op::Norm { x, weight: w, norm, out } => (out, backend.norm(get(x), weight(w), norm)?),
             Op::Linear { x, weight: w, bias, out } => {
                 (out, backend.linear(get(x), weight(w), bias.map(weight))?)
             }
-            Op::Rope { x, heads, out } => (out, backend.rope(get(x), heads, rope, chunk)?),
+            Op::Rope { x, heads, table, out } => (out, backend.rope(get(x), heads, &ropes[table], chunk)?),
             Op::Attend { q, k, v, attention, out } => {
                 (out, backend.attend([get(q), get(k), get(v)], &attention, chunk)?)
             }
             Op::Gate { gate, up, activation, out } => (out, backend.gate(get(gate), get(up), activation)?),
+            Op::Route { logits, top_k, out } => {
+                let (scores, routes) = backend.route(get(logits), top_k)?;
+                state.routes = Some(routes);
+                (out, scores)
+            }
+            Op::Dispatch { x, out } => (out, backend.dispatch(get(x), routes())?),
+            Op::ExpertLinear { x, weights: ref ws, out } => {
+                let ws: Vec<_> = ws.iter().map(|&number| weight(number)).collect();
+                (out, backend.expert_linear(get(x), &ws, routes())?)
+            }
+            Op::Combine { x, scores, out } => (out, backend.combine(get(x), get(scores), routes())?),
             Op::Add { a, b, out } => (out, backend.add(get(a), get(b))?),
             Op::Tap { site, x } => {
                 on_tap(site, get(x))?;
                 release(state, op, index, &last_uses, &saved);
                 continue;
             }
-            Op::Loss { x, weight: w } => {
+            Op::Loss { x, weight: w, softcap } => {
                 // The backward of the loss is computed with it: both need the same logits.
-                let (nats, dx) = backend.loss(get(x), weight(w), chunk, keep != Keep::Output)?;
+                let (nats, dx) = backend.loss(get(x), weight(w), softcap, chunk, keep != Keep::Output)?;
                 state.nats = Some(nats);
                 state.grads[x.0] = dx;
                 release(state, op, index, &last_uses, &saved);

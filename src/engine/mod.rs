@@ -21,6 +21,8 @@ pub struct State<B: Backend> {
     pub slots: Vec<Option<B::Buf>>,
     /// dL/d slot, as far as the reversed walk has summed it.
     pub grads: Vec<Option<B::Buf>>,
+    /// What the block's [`crate::model::op::Op::Route`] chose.
+    pub routes: Option<B::Routes>,
     /// Nats of each sample, summed over its targets; filled by the loss op. `[B]`
     pub nats: Option<B::Nats>,
 }
@@ -30,6 +32,6 @@ impl<B: Backend> State<B> {
     pub fn new(num_slots: usize, input: Option<B::Buf>) -> Self {
         let mut slots: Vec<_> = (0..num_slots).map(|_| None).collect();
         slots[0] = input;
-        Self { slots, grads: (0..num_slots).map(|_| None).collect(), nats: None }
+        Self { slots, grads: (0..num_slots).map(|_| None).collect(), routes: None, nats: None }
     }
 }

@@ -1,5 +1,6 @@
 //! The pass loop: a pass goes through layer after layer, and inside a layer its chunks go one by one.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::forward::Keep;
@@ -8,8 +9,8 @@ use super::{PassRun, State, backward, forward};
 use crate::backend::{Backend, Chunk, Scope};
 use crate::error::Result;
 use crate::interrupt::Interrupt;
-use crate::model::op::{Block, Site};
-use crate::model::{Spec, Tensor, Usage};
+use crate::model::op::{Block, Op, Site};
+use crate::model::{Boundary, Spec, Tensor, Usage};
 use crate::source::Pass;
 use crate::stats::{Direction, Sink, Tap};
 
@@ -47,12 +48,14 @@ impl LossReduction {
     }
 }
 
-/// What the engine is asked for and how it may go about it. Only `layers`, `gradients` and
+/// What the engine is asked for and how it may go about it. Only `layers`, `sites`, `gradients` and
 /// `loss_reduction` change results.
 #[derive(Clone, Debug)]
 pub struct EngineSpec {
-    /// Layers whose `mlp` site is wanted, ascending, not empty.
+    /// Layers whose sites are wanted, ascending, not empty.
     pub layers: Vec<usize>,
+    /// Sites wanted of each of them, not empty.
+    pub sites: Vec<Site>,
     /// Whether gradients are wanted besides values.
     pub gradients: bool,
     /// Loss that is differentiated.
@@ -71,17 +74,27 @@ impl EngineSpec {
         if self.gradients { layers } else { self.layers.last().map_or(0, |last| last + 1).min(layers) }
     }
 
+    /// Width of what is shown of each wanted site of a model.
+    pub fn widths(&self, spec: &Spec) -> BTreeMap<(usize, Site), usize> {
+        let places = self.layers.iter().flat_map(|&layer| self.sites.iter().map(move |&site| (layer, site)));
+        places.filter_map(|place| Some((place, spec.site_width(place.0, place.1)?))).collect()
+    }
+
     /// What a run asks of each layer.
     pub fn usages(&self, spec: &Spec) -> Vec<Usage> {
         let usage = |layer: usize| {
-            let tap = spec.blocks[layer].tap(Site::Mlp);
+            let wanted = self.layers.contains(&layer);
             let first = self.gradients && self.layers.first() == Some(&layer);
             let last = !self.gradients && self.layers.last() == Some(&layer);
-            Usage {
-                tapped: self.layers.contains(&layer),
-                // The way back ends before the lowest tap; the way forward, of values alone, behind the highest.
-                boundary: tap.filter(|_| first || last).map(|tap| if last { tap + 1 } else { tap }),
-            }
+            // The way back ends before the lowest tap; the way forward, of values alone, behind the highest.
+            let shown: Vec<Site> = spec.blocks[layer].ops.iter().flat_map(Op::taps).collect();
+            let mut shown = shown.into_iter().filter(|site| self.sites.contains(site));
+            let boundary = match (first, last) {
+                (true, _) => shown.next().map(Boundary::Before),
+                (_, true) => shown.next_back().map(Boundary::After),
+                _ => None,
+            };
+            Usage { sites: if wanted { self.sites.clone() } else { Vec::new() }, boundary }
         };
         (0..spec.blocks.len()).map(usage).collect()
     }
@@ -94,7 +107,7 @@ const AHEAD: usize = 2;
 pub struct Engine<'a, B: Backend> {
     pub(super) backend: &'a B,
     pub(super) model: Model<B>,
-    inv_freq: Vec<f32>,
+    inv_freq: Vec<Vec<f32>>,
     pub(super) spec: EngineSpec,
     pub(super) interrupt: Interrupt,
 }
@@ -110,7 +123,7 @@ pub(super) struct Stream<B: Backend> {
 }
 
 /// A pass before its first layer.
-type Begun<B> = (PassRun<B>, <B as Backend>::Rope, Vec<Stream<B>>);
+type Begun<B> = (PassRun<B>, Vec<<B as Backend>::Rope>, Vec<Stream<B>>);
 
 impl<'a, B: Backend> Engine<'a, B> {
     /// An engine for the model of `spec`, whose tensors are in the order of `spec.weights`. Weights are loaded when a
@@ -144,7 +157,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     pub fn run(&mut self, pass: &Pass, sink: &mut dyn Sink<B>) -> Result<PassRun<B>> {
         let layers = self.model.program.blocks.len();
         let Some(&first) = self.spec.layers.first() else { return Ok(PassRun::new(pass, layers)) };
-        let (mut run, rope, mut streams) = self.begin(pass)?;
+        let (mut run, ropes, mut streams) = self.begin(pass)?;
         let end = self.spec.visited_layers(layers);
         let mut before = Stage::Embed;
         for layer in 0..end {
@@ -156,7 +169,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.turn(&mut before, stage, next)?;
             let started = self.backend.mark()?;
             for stream in &mut streams {
-                self.layer_forward(&rope, layer, stream, self.backward_start(layer), sink)?;
+                self.layer_forward(&ropes, layer, stream, self.backward_start(layer), sink)?;
             }
             run.visits.push((layer, started, self.backend.mark()?));
             self.keep_up(&run)?;
@@ -169,13 +182,13 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.turn(&mut before, Stage::Head, above(layers))?;
         for stream in &mut streams {
             run.count_targets((*stream.chunk).as_ref());
-            run.nats.extend(self.head(&rope, stream, true)?);
+            run.nats.extend(self.head(&ropes, stream, true)?);
         }
         for layer in (first..layers).rev() {
             self.turn(&mut before, Stage::Layer(layer), above(layer))?;
             let started = self.backend.mark()?;
             for stream in &mut streams {
-                self.layer_backward(&rope, layer, stream, sink)?;
+                self.layer_backward(&ropes, layer, stream, sink)?;
             }
             run.visits.push((layer, started, self.backend.mark()?));
             self.keep_up(&run)?;
@@ -189,14 +202,15 @@ impl<'a, B: Backend> Engine<'a, B> {
         let run = PassRun::new(pass, self.model.program.blocks.len());
         let chunks = cut(pass, &self.spec);
         let longest = chunks.iter().map(Chunk::longest).max().unwrap_or(0);
-        let rope = self.backend.rope_table(&self.inv_freq, longest)?;
+        let rope = |inv_freq: &Vec<f32>| self.backend.rope_table(inv_freq, longest);
+        let ropes: Vec<B::Rope> = self.inv_freq.iter().map(rope).collect::<Result<_>>()?;
         self.model.enter(self.backend, Stage::Embed, Some(Stage::Layer(0)))?;
         let mut streams = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             self.interrupt.check()?;
-            streams.push(self.embed(&rope, chunk)?);
+            streams.push(self.embed(&ropes, chunk)?);
         }
-        Ok((run, rope, streams))
+        Ok((run, ropes, streams))
     }
 
     /// Waits until the device is at most [`AHEAD`] layers behind: enough to keep it busy, and little to wait for when
@@ -213,22 +227,22 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.model.enter(self.backend, stage, next)
     }
 
-    /// First op whose backward a layer runs: the lowest wanted layer stops at its tap, where
-    /// dL/d(mlp output) is the gradient of the residual stream. Layers below run none (`None`).
+    /// First op whose backward a layer runs: the lowest wanted layer stops at its lowest tap. Layers below run none
+    /// (`None`).
     pub(super) fn backward_start(&self, layer: usize) -> Option<usize> {
         let first = *self.spec.layers.first()?;
         match layer {
             l if !self.spec.gradients || l < first => None,
-            l if l == first => self.model.program.blocks[l].tap(Site::Mlp),
+            l if l == first => self.model.program.blocks[l].first_tap(&self.spec.sites),
             _ => Some(0),
         }
     }
 
-    fn embed(&self, rope: &B::Rope, chunk: Chunk) -> Result<Stream<B>> {
+    fn embed(&self, ropes: &[B::Rope], chunk: Chunk) -> Result<Stream<B>> {
         let chunk = self.backend.place(chunk)?;
         let mut state = State::new(1, None);
         let block = &self.model.program.embed;
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &chunk };
+        let scope = Scope { weights: &self.model.weights, ropes, chunk: &chunk };
         forward(self.backend, &scope, block, 0..block.ops.len(), Keep::Output, &mut state, &mut |_, _| {
             Ok(())
         })?;
@@ -239,7 +253,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// `backward`: the first op whose backward will run, if any.
     pub(super) fn layer_forward(
         &self,
-        rope: &B::Rope,
+        ropes: &[B::Rope],
         layer: usize,
         stream: &mut Stream<B>,
         backward: Option<usize>,
@@ -253,13 +267,13 @@ impl<'a, B: Backend> Engine<'a, B> {
             Some(start) => Keep::For(start),
         };
         let mut state = State::new(block.widths.len(), stream.residual.take());
-        // Without gradients the last wanted layer ends at its tap: nothing reads its output.
+        // Without gradients the last wanted layer ends at its last tap: nothing reads its output.
         let stop = !self.spec.gradients && Some(&layer) == self.spec.layers.last();
-        let end =
-            if stop { block.tap(Site::Mlp).map_or(block.ops.len(), |tap| tap + 1) } else { block.ops.len() };
-        let tap = Tap { layer, site: Site::Mlp, direction: Direction::Values };
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
-        forward(self.backend, &scope, block, 0..end, keep, &mut state, &mut |_, x| {
+        let last = block.last_tap(&self.spec.sites).filter(|_| stop);
+        let end = last.map_or(block.ops.len(), |tap| tap + 1);
+        let scope = Scope { weights: &self.model.weights, ropes, chunk: &*stream.chunk };
+        forward(self.backend, &scope, block, 0..end, keep, &mut state, &mut |site, x| {
+            let tap = Tap { layer, site, direction: Direction::Values };
             sink.push(self.backend, tap, (*stream.chunk).as_ref(), x)
         })?;
         stream.residual = state.slots[block.output.0].take();
@@ -272,13 +286,13 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// Loss, and if wanted the gradient of the residual stream after the last layer.
     pub(super) fn head(
         &self,
-        rope: &B::Rope,
+        ropes: &[B::Rope],
         stream: &mut Stream<B>,
         want_gradient: bool,
     ) -> Result<Option<B::Nats>> {
         self.interrupt.check()?;
         let block = &self.model.program.head;
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
+        let scope = Scope { weights: &self.model.weights, ropes, chunk: &*stream.chunk };
         let mut state = State::new(block.widths.len(), stream.residual.take());
         let ops = 0..block.ops.len();
         let keep = if want_gradient { Keep::For(0) } else { Keep::Output };
@@ -294,7 +308,7 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     pub(super) fn layer_backward(
         &self,
-        rope: &B::Rope,
+        ropes: &[B::Rope],
         layer: usize,
         stream: &mut Stream<B>,
         sink: &mut dyn Sink<B>,
@@ -303,7 +317,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         let (Some(start), Some(mut state)) = (self.backward_start(layer), stream.saved[layer].take()) else {
             return Ok(());
         };
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
+        let scope = Scope { weights: &self.model.weights, ropes, chunk: &*stream.chunk };
         if layer < self.spec.keep_from && start == 0 {
             self.interrupt.check()?;
             // As far as the last value that the way back reads: the down-projection is not computed again.
@@ -312,8 +326,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         }
         self.interrupt.check()?;
         state.grads[block.output.0] = stream.residual.take();
-        let tap = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };
-        backward(self.backend, &scope, block, start..block.ops.len(), &mut state, &mut |_, x| {
+        backward(self.backend, &scope, block, start..block.ops.len(), &mut state, &mut |site, x| {
+            let tap = Tap { layer, site, direction: Direction::Gradients };
             sink.push(self.backend, tap, (*stream.chunk).as_ref(), x)
         })?;
         stream.residual = state.grads[Block::INPUT.0].take();

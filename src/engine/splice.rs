@@ -31,17 +31,17 @@ impl<B: SaeBackend> Engine<'_, B> {
     /// As [`Engine::run`].
     pub fn run_spliced(&mut self, pass: &Pass, splice: &mut dyn Splice<B>) -> Result<PassRun<B>> {
         let layers = self.model.program.blocks.len();
-        let (mut run, rope, mut streams) = self.begin(pass)?;
+        let (mut run, ropes, mut streams) = self.begin(pass)?;
         let mut before = Stage::Embed;
         for layer in 0..layers {
             let wanted = self.spec.layers.contains(&layer);
             self.turn(&mut before, Stage::Layer(layer), Some(above(layer, layers)))?;
             let started = self.backend.mark()?;
             if wanted {
-                self.branch(&rope, layer, &mut streams, splice, &mut run, &mut before)?;
+                self.branch(&ropes, layer, &mut streams, splice, &mut run, &mut before)?;
             } else {
                 for stream in &mut streams {
-                    self.layer_forward(&rope, layer, stream, None, &mut Nobody)?;
+                    self.layer_forward(&ropes, layer, stream, None, &mut Nobody)?;
                 }
             }
             run.visits.push((layer, started, self.backend.mark()?));
@@ -50,7 +50,7 @@ impl<B: SaeBackend> Engine<'_, B> {
         self.turn(&mut before, Stage::Head, None)?;
         for stream in &mut streams {
             run.count_targets((*stream.chunk).as_ref());
-            run.nats.extend(self.head(&rope, stream, false)?);
+            run.nats.extend(self.head(&ropes, stream, false)?);
         }
         self.model.leave(self.backend, before, None)?;
         Ok(run)
@@ -59,7 +59,7 @@ impl<B: SaeBackend> Engine<'_, B> {
     /// Runs `layer`, whose site is wanted, for all streams, and the branch of each.
     fn branch(
         &mut self,
-        rope: &B::Rope,
+        ropes: &[B::Rope],
         layer: usize,
         streams: &mut [Stream<B>],
         splice: &mut dyn Splice<B>,
@@ -67,29 +67,30 @@ impl<B: SaeBackend> Engine<'_, B> {
         before: &mut Stage,
     ) -> Result<()> {
         let layers = self.model.program.blocks.len();
-        let (tap, site) = self.site(layer);
+        let place = self.site(layer);
+        let tap = place.0;
         let mut own = Vec::with_capacity(streams.len());
         let mut branches = Vec::with_capacity(streams.len());
         for stream in streams.iter_mut() {
-            let (state, branch) = self.fork(rope, layer, (tap, site), stream, splice)?;
+            let (state, branch) = self.fork(ropes, layer, place, stream, splice)?;
             own.push(state);
             branches.push(branch);
         }
         for upper in layer + 1..layers {
             self.turn(before, Stage::Layer(upper), Some(above(upper, layers)))?;
             for branch in &mut branches {
-                self.layer_forward(rope, upper, branch, Some(0), &mut Nobody)?;
+                self.layer_forward(ropes, upper, branch, Some(0), &mut Nobody)?;
             }
         }
         self.turn(before, Stage::Head, Some(Stage::Layer(layers - 1)))?;
         for branch in &mut branches {
-            let nats = self.head(rope, branch, true)?;
+            let nats = self.head(ropes, branch, true)?;
             run.spliced_nats.extend(nats.map(|nats| (layer, nats)));
         }
         for upper in (layer + 1..layers).rev() {
             self.turn(before, Stage::Layer(upper), Some(Stage::Layer(upper - 1)))?;
             for branch in &mut branches {
-                self.layer_backward(rope, upper, branch, &mut Nobody)?;
+                self.layer_backward(ropes, upper, branch, &mut Nobody)?;
             }
         }
         self.turn(before, Stage::Layer(layer), Some(above(layer, layers)))?;
@@ -98,15 +99,15 @@ impl<B: SaeBackend> Engine<'_, B> {
         for branch in &mut branches {
             self.interrupt.check()?;
             let Some(mut state) = branch.saved[layer].take() else { continue };
-            let scope = Scope { weights: &self.model.weights, rope, chunk: &*branch.chunk };
+            let scope = Scope { weights: &self.model.weights, ropes, chunk: &*branch.chunk };
             state.grads[block.output.0] = branch.residual.take();
-            let shown = Tap { layer, site: Site::Mlp, direction: Direction::Gradients };
-            backward(self.backend, &scope, block, tap..end, &mut state, &mut |_, dx| {
+            backward(self.backend, &scope, block, tap..end, &mut state, &mut |site, dx| {
+                let shown = Tap { layer, site, direction: Direction::Gradients };
                 splice.push(self.backend, shown, (*branch.chunk).as_ref(), dx)
             })?;
         }
         for (stream, mut state) in streams.iter_mut().zip(own) {
-            let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
+            let scope = Scope { weights: &self.model.weights, ropes, chunk: &*stream.chunk };
             let nobody = &mut |_, _: &B::Buf| Ok(());
             forward(self.backend, &scope, block, tap + 1..end, Keep::Output, &mut state, nobody)?;
             stream.residual = state.slots[block.output.0].take();
@@ -114,15 +115,14 @@ impl<B: SaeBackend> Engine<'_, B> {
         Ok(())
     }
 
-    /// The op that taps the site of `layer`, and the slot that it shows.
+    /// The op that taps the one wanted site of `layer`, and what it shows.
     ///
     /// # Panics
     /// The layer has no such op: the plan asked for a site that the model lacks.
-    fn site(&self, layer: usize) -> (usize, Slot) {
+    fn site(&self, layer: usize) -> (usize, Site, Slot) {
         let block = &self.model.program.blocks[layer];
-        let tapped = |index: &usize| matches!(block.ops[*index], Op::Tap { .. });
-        match block.tap(Site::Mlp).filter(tapped).map(|index| (index, &block.ops[index])) {
-            Some((index, &Op::Tap { x, .. })) => (index, x),
+        match block.first_tap(&self.spec.sites).map(|index| (index, &block.ops[index])) {
+            Some((index, &Op::Tap { site, x })) => (index, site, x),
             _ => panic!("layer {layer} has no op of its own that taps the site"),
         }
     }
@@ -131,24 +131,24 @@ impl<B: SaeBackend> Engine<'_, B> {
     /// put in the site's place.
     fn fork(
         &self,
-        rope: &B::Rope,
+        ropes: &[B::Rope],
         layer: usize,
-        (tap, site): (usize, Slot),
+        (tap, site, slot_of_site): (usize, Site, Slot),
         stream: &mut Stream<B>,
         splice: &mut dyn Splice<B>,
     ) -> Result<(State<B>, Stream<B>)> {
         self.interrupt.check()?;
         let block = &self.model.program.blocks[layer];
         let (slots, end) = (block.widths.len(), block.ops.len());
-        let scope = Scope { weights: &self.model.weights, rope, chunk: &*stream.chunk };
+        let scope = Scope { weights: &self.model.weights, ropes, chunk: &*stream.chunk };
         let mut state = State::new(slots, stream.residual.take());
-        let shown = Tap { layer, site: Site::Mlp, direction: Direction::Values };
+        let shown = Tap { layer, site, direction: Direction::Values };
         let nobody = &mut |_, _: &B::Buf| Ok(());
         forward(self.backend, &scope, block, 0..tap + 1, Keep::Rest, &mut state, nobody)?;
         let mut other = State::new(slots, None);
         for (slot, (from, to)) in state.slots.iter().zip(&mut other.slots).enumerate() {
             let Some(value) = from else { continue };
-            *to = Some(match slot == site.0 {
+            *to = Some(match slot == slot_of_site.0 {
                 true => splice.replace(self.backend, shown, (*stream.chunk).as_ref(), value)?,
                 false => self.backend.copy(value)?,
             });

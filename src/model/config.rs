@@ -11,6 +11,7 @@ use super::arch::{self, Architecture, Bias};
 use crate::error::{Context, Error, Result};
 use keys::{Keys, shown};
 
+mod attention;
 mod keys;
 mod refused;
 mod rope;
@@ -20,6 +21,8 @@ mod windows;
 const MAX_SIZE: usize = 1 << 24;
 /// Largest L.
 const MAX_LAYERS: usize = 1 << 14;
+/// Largest E.
+const MAX_EXPERTS: usize = 1 << 16;
 /// Largest number of tokens in a window or a context.
 const MAX_TOKENS: usize = 1 << 31;
 /// Largest number of weights: ten times the largest model published.
@@ -30,6 +33,25 @@ const MAX_PARAMETERS: u128 = 1 << 44;
 pub enum Activation {
     /// x·σ(x), called `silu` or `swish`.
     Silu,
+    /// x·Φ(x) with Φ approximated by tanh, called `gelu_pytorch_tanh` or `gelu_new`.
+    GeluTanh,
+}
+
+/// What files call the nonlinearities.
+const ACTIVATIONS: &[(&str, Activation)] = &[
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("gelu_new", Activation::GeluTanh),
+];
+
+/// A mixture of experts in the place of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// E.
+    pub count: usize,
+    /// Experts that each token goes to; at most E.
+    pub per_token: usize,
 }
 
 /// How rotary position embeddings turn positions into angles.
@@ -87,8 +109,20 @@ pub struct Config {
     pub vocab_size: usize,
     /// Added to the mean square in every RMSNorm.
     pub rms_norm_eps: f64,
+    /// Added to the stored weight of every norm.
+    pub norm_offset: f64,
+    /// Factor of the embeddings.
+    pub embedding_scale: f64,
+    /// Factor of attention scores.
+    pub attention_scale: f64,
+    /// Soft-cap of attention scores.
+    pub attention_softcap: Option<f64>,
+    /// Soft-cap of the logits.
+    pub logit_softcap: Option<f64>,
     /// Rotary embeddings.
     pub rope: Rope,
+    /// Those of layers with a window, where they differ.
+    pub local_rope: Option<Rope>,
     /// Per layer: `Some(w)` lets position i attend to j with i − w < j ≤ i; `None` to every j ≤ i. `[L]`
     pub windows: Vec<Option<usize>>,
     /// q, k and v projections have a bias.
@@ -103,6 +137,8 @@ pub struct Config {
     pub max_position_embeddings: usize,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
+    /// Experts, if the MLP is a mixture of them; each has an inner size of I.
+    pub experts: Option<Experts>,
 }
 
 impl Config {
@@ -124,7 +160,7 @@ impl Config {
         };
         let keys = Keys::new(map, place);
         let row = find_row(keys)?;
-        refused::check(keys)?;
+        refused::check(keys, row)?;
 
         let hidden_size = keys.size("hidden_size", MAX_SIZE)?;
         let intermediate_size = keys.size("intermediate_size", MAX_SIZE)?;
@@ -135,6 +171,9 @@ impl Config {
             .count("max_position_embeddings", MAX_TOKENS)?
             .unwrap_or(row.defaults.max_position_embeddings);
 
+        let head_dim = read_head_dim(keys, row, hidden_size, num_heads)?;
+        let (rope, local_rope) = rope::read(keys, row, max_position_embeddings)?;
+        let (attention_softcap, logit_softcap) = attention::read_softcaps(keys, row)?;
         let config = Self {
             model_type: row.model_type.to_owned(),
             names: &row.names,
@@ -143,10 +182,16 @@ impl Config {
             num_layers,
             num_heads,
             num_kv_heads: read_kv_heads(keys, row, num_heads)?,
-            head_dim: read_head_dim(keys, hidden_size, num_heads)?,
+            head_dim,
             vocab_size,
             rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(row.defaults.rms_norm_eps),
-            rope: rope::read(keys, row.defaults.rope_theta, max_position_embeddings)?,
+            norm_offset: row.norm_offset,
+            embedding_scale: if row.scaled_embedding { (hidden_size as f64).sqrt() } else { 1.0 },
+            attention_scale: attention::read_scale(keys, row, head_dim)?,
+            attention_softcap,
+            logit_softcap,
+            rope,
+            local_rope,
             windows: windows::read(keys, row, num_layers)?,
             qkv_bias: read_bias(keys, row.biases.qkv, "attention_bias")?,
             out_bias: read_bias(keys, row.biases.out, "attention_out_bias")?,
@@ -156,6 +201,7 @@ impl Config {
                 .unwrap_or(row.defaults.tie_word_embeddings),
             max_position_embeddings,
             activation: read_activation(keys, row)?,
+            experts: read_experts(keys, row)?,
         };
         config.check_total(place)?;
         Ok(config)
@@ -163,7 +209,7 @@ impl Config {
 
     /// Refuses sizes that are possible one by one and absurd together, before anyone multiplies them.
     fn check_total(&self, place: &Path) -> Result<()> {
-        let [d, i, v, l, h, k, hd] = [
+        let [d, i, v, l, h, k, hd, e] = [
             self.hidden_size,
             self.intermediate_size,
             self.vocab_size,
@@ -171,10 +217,11 @@ impl Config {
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
+            self.experts.map_or(1, |experts| experts.count),
         ]
         .map(|size| size as u128);
-        // q and o, k and v, then gate, up and down; embedding and head. At most 2^14·2^75 weights.
-        let total = l * (2 * d * h * hd + 2 * d * k * hd + 3 * d * i) + 2 * v * d;
+        // q and o, k and v, then gate, up and down of each expert; embedding and head. At most 2^14·2^75 weights.
+        let total = l * (2 * d * h * hd + 2 * d * k * hd + 3 * d * i * e) + 2 * v * d;
         if total > MAX_PARAMETERS {
             return Err(Error::new("config.json describes an impossibly large model")
                 .at_path(place)
@@ -238,9 +285,11 @@ fn read_kv_heads(keys: Keys<'_>, row: &Architecture, num_heads: usize) -> Result
     Ok(num_kv_heads)
 }
 
-/// Hd: absent or null is D/H.
-fn read_head_dim(keys: Keys<'_>, hidden_size: usize, num_heads: usize) -> Result<usize> {
-    let head_dim = match keys.count_or_null("head_dim", MAX_SIZE)? {
+/// Hd: absent is the row's default, null is D/H.
+fn read_head_dim(keys: Keys<'_>, row: &Architecture, hidden_size: usize, num_heads: usize) -> Result<usize> {
+    let absent = keys.get("head_dim").is_none();
+    let default = row.defaults.head_dim.filter(|_| absent);
+    let head_dim = match keys.count_or_null("head_dim", MAX_SIZE)?.or(default) {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
         None => {
@@ -280,11 +329,45 @@ fn read_bias(keys: Keys<'_>, rule: Bias, key: &str) -> Result<bool> {
 }
 
 fn read_activation(keys: Keys<'_>, row: &Architecture) -> Result<Activation> {
-    match keys.text("hidden_act")?.unwrap_or(row.defaults.hidden_act) {
-        "silu" | "swish" => Ok(Activation::Silu),
-        other => Err(keys
-            .error("config.json names an activation that is not supported", "hidden_act")
-            .expected("silu")
-            .found(format_args!("{other:?}"))),
+    let named = |key: &str, name: &str| {
+        ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation).ok_or_else(
+            || {
+                let known: Vec<&str> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
+                keys.error("config.json names an activation that is not supported", key)
+                    .expected(format_args!("one of {}", known.join(", ")))
+                    .found(format_args!("{name:?}"))
+            },
+        )
+    };
+    let key = row.activation_key;
+    let activation = named(key, keys.text_or_null(key)?.unwrap_or(row.defaults.activation))?;
+    // Some files say it under the usual key too, which is then not read.
+    const USUAL: &str = "hidden_act";
+    if key != USUAL
+        && let Some(name) = keys.text_or_null(USUAL)?
+        && named(USUAL, name)? != activation
+    {
+        return Err(keys
+            .error("config.json contradicts itself about the activation", USUAL)
+            .expected(format_args!("the same as {key}, or no such key"))
+            .found(format_args!("{name:?}"))
+            .hint(format_args!(
+                "transformers reads {key} alone for this architecture; delete the other key"
+            )));
     }
+    Ok(activation)
+}
+
+/// E and the experts per token, where the architecture has some.
+fn read_experts(keys: Keys<'_>, row: &Architecture) -> Result<Option<Experts>> {
+    let Some(rule) = &row.experts else { return Ok(None) };
+    let read = |(key, default): (&str, usize)| Ok(keys.count(key, MAX_EXPERTS)?.unwrap_or(default));
+    let (count, per_token) = (read(rule.count)?, read(rule.per_token)?);
+    if per_token > count {
+        return Err(keys
+            .error("config.json sends tokens to more experts than there are", rule.per_token.0)
+            .expected(format_args!("at most {}, {count}", rule.count.0))
+            .found(per_token));
+    }
+    Ok(Some(Experts { count, per_token }))
 }

@@ -9,7 +9,7 @@ mod rope;
 pub mod sae;
 pub mod tensor;
 
-pub use config::{Activation, Config, Rope, RopeScaling};
+pub use config::{Activation, Config, Experts, Rope, RopeScaling};
 pub use describe::{Spec, describe};
-pub use program::{Packed, Packing, Program, Usage};
-pub use tensor::{Dtype, Tensor, WeightSpec};
+pub use program::{Boundary, Packed, Packing, Program, Usage};
+pub use tensor::{Dtype, Elsewhere, Tensor, WeightSpec};

@@ -1,7 +1,7 @@
 //! A model as a backend runs it: op lists that may hold fused ops, and weights that may be packed together.
 
 use super::Spec;
-use super::op::{Block, Fused, Weight};
+use super::op::{Block, Fused, Site, Weight};
 
 /// How the tensors of one loaded weight lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,20 +45,39 @@ pub struct Program<F> {
 /// What will be asked of a layer's block, as far as that limits what may be fused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Whether anybody looks at its taps; if not, they may be left out.
-    pub tapped: bool,
-    /// A walk may start or end before the op of this index: no fused op spans it.
-    pub boundary: Option<usize>,
+    /// The sites that somebody looks at; the taps of others are left out.
+    pub sites: Vec<Site>,
+    /// Where a walk may start or end: no fused op spans it.
+    pub boundary: Option<Boundary>,
+}
+
+/// A place between two ops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boundary {
+    /// Before the tap of a site.
+    Before(Site),
+    /// After it.
+    After(Site),
+}
+
+impl Boundary {
+    /// Index in `block` of the op behind it.
+    pub fn index<F: Fused>(self, block: &Block<F>) -> Option<usize> {
+        match self {
+            Self::Before(site) => block.tap(site),
+            Self::After(site) => block.tap(site).map(|tap| tap + 1),
+        }
+    }
 }
 
 impl<F: Fused> Program<F> {
-    /// The op lists as they are.
-    pub fn unfused(spec: &Spec) -> Self {
+    /// The op lists as they are, with the taps that somebody looks at; `usages` has one entry per layer.
+    pub fn unfused(spec: &Spec, usages: &[Usage]) -> Self {
         let whole = |number| Packed { parts: vec![Weight(number)], packing: Packing::Stacked };
         Self {
-            embed: spec.embed.widen(),
-            blocks: spec.blocks.iter().map(Block::widen).collect(),
-            head: spec.head.widen(),
+            embed: spec.embed.widen(&[]),
+            blocks: spec.blocks.iter().zip(usages).map(|(block, usage)| block.widen(&usage.sites)).collect(),
+            head: spec.head.widen(&[]),
             weights: (0..spec.weights.len()).map(whole).collect(),
         }
     }

@@ -42,6 +42,19 @@ pub struct WeightSpec {
     pub name: String,
     /// Expected shape, row-major: `[out, in]` for a matrix, `[n]` for a vector.
     pub shape: Vec<usize>,
+    /// Where it is if there is no tensor of that name.
+    pub elsewhere: Option<Elsewhere>,
+}
+
+/// A tensor, or a part of one, under another name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// Name of the tensor in the checkpoint.
+    pub name: String,
+    /// Its whole shape.
+    pub shape: Vec<usize>,
+    /// Element at which the wanted part starts.
+    pub first: usize,
 }
 
 /// A tensor's bytes where they lie (a mapped file or embedded data), row-major, little-endian.
@@ -70,6 +83,20 @@ impl Tensor {
         let bytes = elements.checked_mul(dtype.size_bytes())?;
         let inside = (*owner).as_ref().get(range.clone())?;
         (inside.len() == bytes).then_some(Self { dtype, shape, owner, range })
+    }
+
+    /// A part of the elements, from `first` on, as a tensor of `shape`. `None` when it is not inside.
+    pub fn part(&self, first: usize, shape: &[usize]) -> Option<Self> {
+        let size = self.dtype.size_bytes();
+        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+        let start = self.range.start.checked_add(first.checked_mul(size)?)?;
+        let end = start.checked_add(elements.checked_mul(size)?)?;
+        (end <= self.range.end).then(|| Self {
+            dtype: self.dtype,
+            shape: shape.to_vec(),
+            owner: Arc::clone(&self.owner),
+            range: start..end,
+        })
     }
 
     /// The bytes, row-major, little-endian, possibly unaligned.

@@ -10,6 +10,8 @@ pub struct FolderName<'a> {
     pub kind: &'a str,
     /// Hub id or local folder, as typed.
     pub model_name: &'a str,
+    /// Where in the blocks, if not at the output of the MLP.
+    pub site: Option<&'a str>,
     /// `--num_samples`, also when fewer were found.
     pub num_samples: usize,
     /// `--batch_size`.
@@ -23,15 +25,16 @@ pub struct FolderName<'a> {
 }
 
 impl FolderName<'_> {
-    /// `{kind}_model_{model}_num_samples_{N}_batch_size_{B}_layers_{L}{_power_P}_{YYYYmmdd_HHMMSS}`,
+    /// `{kind}_model_{model}{_site_S}_num_samples_{N}_batch_size_{B}_layers_{L}{_power_P}_{YYYYmmdd_HHMMSS}`,
     /// where `/` of the model's name becomes `_`.
     pub fn render(&self) -> String {
         // A backslash separates folders on Windows only; the scripts leave it alone elsewhere.
         let model = self.model_name.replace('/', "_");
         let model = if cfg!(windows) { model.replace(['\\', ':'], "_") } else { model };
         let power = self.power.map(|power| format!("_power_{}", float_repr(power))).unwrap_or_default();
+        let site = self.site.map(|site| format!("_site_{site}")).unwrap_or_default();
         format!(
-            "{}_model_{model}_num_samples_{}_batch_size_{}_layers_{}{power}_{}",
+            "{}_model_{model}{site}_num_samples_{}_batch_size_{}_layers_{}{power}_{}",
             self.kind,
             self.num_samples,
             self.batch_size,
@@ -79,7 +82,9 @@ mod tests {
     fn name(model_name: &str, layers: &str, power: Option<f64>) -> String {
         let timestamp = datetime!(2025-01-02 03:04:05);
         let kind = "layer_activations";
-        FolderName { kind, model_name, num_samples: 500, batch_size: 4, layers, power, timestamp }.render()
+        let site = None;
+        FolderName { kind, model_name, site, num_samples: 500, batch_size: 4, layers, power, timestamp }
+            .render()
     }
 
     #[test]
@@ -93,6 +98,20 @@ mod tests {
             "layer_activations_model__data_m_num_samples_500_batch_size_4_layers_0_5_10_power_2.0_20250102_030405"
         );
         assert!(name("m", "0", Some(1e-5)).contains("_layers_0_power_1e-05_2025"));
+        let timestamp = datetime!(2025-01-02 03:04:05);
+        let elsewhere = FolderName {
+            kind: "layer_activations",
+            model_name: "m",
+            site: Some("resid_post"),
+            num_samples: 7,
+            batch_size: 4,
+            layers: "0",
+            power: None,
+            timestamp,
+        };
+        assert!(
+            elsewhere.render().starts_with("layer_activations_model_m_site_resid_post_num_samples_7_batch")
+        );
     }
 
     #[test]

@@ -30,6 +30,21 @@ pub struct OutputSpec {
     pub folder_name: String,
 }
 
+impl OutputSpec {
+    /// The same for one of several sites, which share a consolidated file's name: `run.npz`, `run_site_attn_out.npz`;
+    /// `None`: the site that needs no name.
+    pub fn of_site(mut self, site: Option<&str>) -> Self {
+        if let (Some(path), Some(site)) = (&mut self.save_consolidated, site)
+            && !names_a_folder(path)
+        {
+            let whole = with_npz(path);
+            let stem = whole.file_stem().unwrap_or_default().to_string_lossy();
+            *path = whole.with_file_name(format!("{stem}_site_{site}.npz"));
+        }
+        self
+    }
+}
+
 /// What [`Target::finish`] put in place.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delivered {

@@ -16,6 +16,7 @@ impl DemoArgs {
         LayerArgs {
             model: ModelArgs { model_name: DEMO.name.into(), revision: "main".into() },
             layers: None,
+            site: None,
             texts: TextArgs {
                 dataset: DEMO.corpus_name.into(),
                 dataset_config: None,
@@ -57,7 +58,6 @@ impl DemoArgs {
             layer,
             sae: None,
             sae_revision: "main".into(),
-            site: None,
             sae_gradient: SaeGradient::All,
             sae_splice: SaeSplice::Error,
             position_stride: 1,

@@ -6,7 +6,7 @@ use std::fmt;
 use super::saes::SaeNeeds;
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
-use crate::model::op::{Block, Fused, Op, Site, Weight};
+use crate::model::op::{Block, Fused, Op, Weight};
 use crate::model::{Program, Spec};
 use crate::units::size;
 
@@ -98,13 +98,17 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
         chunk_tokens = chunk_tokens.min(tokens);
     }
     let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
-    let peak = peak_bytes(backend, &program, gradients);
-    let constant = backend.statistics_bytes(spec, demand.engine.layers.len(), gradients)
-        + backend.rope_bytes(spec.inv_freq.len(), longest)
+    let peak = peak_bytes(backend, &program, demand.engine);
+    let widths: Vec<usize> = demand.engine.widths(spec).into_values().collect();
+    let pairs = spec.inv_freq.iter().map(Vec::len).sum();
+    let padding = program.blocks.iter().map(|block| backend.padding_bytes(block)).max().unwrap_or(0);
+    let constant = backend.statistics_bytes(&widths, gradients)
+        + backend.rope_bytes(pairs, longest)
+        + padding
         + demand.features.map_or(0, |needs| needs.sums_bytes);
     let workspace = |chunk: usize| {
         let loss = match gradients {
-            true => backend.loss_workspace_bytes(spec.vocab_size, spec.hidden_size, chunk),
+            true => backend.loss_workspace_bytes(spec, chunk),
             false => 0,
         };
         let features = demand.features.map_or(0, |needs| needs.workspace_bytes(chunk));
@@ -113,13 +117,16 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
     let first = demand.engine.layers.first().copied().unwrap_or(0);
-    // Layers whose backward runs whole: those above the lowest wanted one.
-    let backward = if gradients { first + 1..layers } else { 0..0 };
+    // The lowest wanted layer's backward ends at its lowest tap; where that is its first op, it runs whole like those above.
+    let start = program.blocks[first].first_tap(&demand.engine.sites).unwrap_or(0);
+    let whole = if start == 0 { first } else { first + 1 };
+    let backward = if gradients { whole..layers } else { 0..0 };
     let residual = backend.slot_bytes(&program.embed)[0] as u64;
-    let kept: Vec<u64> = program.blocks.iter().map(|block| kept_bytes(backend, block)).collect();
+    let kept: Vec<u64> = program.blocks.iter().map(|block| kept_bytes(backend, block, 0)).collect();
+    let lowest = if gradients && start > 0 { kept_bytes(backend, &program.blocks[first], start) } else { 0 };
     let activations = |tokens: usize, keep_from: usize| {
         let bytes: u64 = backward.clone().map(|l| if l < keep_from { residual } else { kept[l] }).sum();
-        tokens as u64 * (bytes + residual + demand.features.map_or(0, |needs| needs.bytes_per_token))
+        tokens as u64 * (bytes + lowest + residual + demand.features.map_or(0, |needs| needs.bytes_per_token))
     };
     let all_recompute = backward.end;
 
@@ -218,19 +225,21 @@ impl WeightBytes {
     }
 }
 
-/// Bytes per token that a block keeps for its backward.
-fn kept_bytes<L: Lower>(backend: &L, block: &Block<L::Fused>) -> u64 {
+/// Bytes per token that a block keeps for the backward of its ops from `start` on.
+fn kept_bytes<L: Lower>(backend: &L, block: &Block<L::Fused>, start: usize) -> u64 {
     let bytes = backend.slot_bytes(block);
-    bytes.iter().zip(block.saved(0)).filter(|(_, saved)| *saved).map(|(&bytes, _)| bytes as u64).sum()
+    bytes.iter().zip(block.saved(start)).filter(|(_, saved)| *saved).map(|(&bytes, _)| bytes as u64).sum()
 }
 
 /// Most bytes per token that the slots of one block hold at a time, values and gradients, and what its ops need besides.
-fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: bool) -> u64 {
-    let peak = |block: &Block<L::Fused>| {
+fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, engine: &EngineSpec) -> u64 {
+    let gradients = engine.gradients;
+    let last_layer = engine.layers.last().copied();
+    let peak = |(layer, block): (usize, &Block<L::Fused>)| {
         let bytes = backend.slot_bytes(block);
         let mut end = block.ops.len();
-        if !gradients {
-            end = block.tap(Site::Mlp).map_or(end, |tap| tap + 1);
+        if !gradients && Some(layer) == last_layer {
+            end = block.last_tap(&engine.sites).map_or(end, |tap| tap + 1);
         }
         let last = block.last_uses(end);
         // Of the slots that are there while an op runs: from their writer to their last reader, and what nothing reads
@@ -243,13 +252,13 @@ fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, gradients: boo
         };
         let forward = (0..end).map(|index| live(index) + backend.temporary_bytes(block, index)[0]);
         // The saved values stay.
-        let kept = kept_bytes(backend, block);
+        let kept = kept_bytes(backend, block, 0);
         let backward =
             (0..block.ops.len()).map(|index| kept + live(index) + backend.temporary_bytes(block, index)[1]);
         let forward = forward.max().unwrap_or(0);
         if gradients { forward.max(backward.max().unwrap_or(0)) } else { forward }
     };
-    program.blocks.iter().map(peak).max().unwrap_or(0)
+    program.blocks.iter().enumerate().map(peak).max().unwrap_or(0)
 }
 
 /// Index of the op that writes a slot; 0 for the block's input, `None` for a slot that fusing has left out.
@@ -263,6 +272,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
     use crate::engine::LossReduction;
+    use crate::model::op::Site;
     use crate::model::{Config, describe};
 
     fn spec() -> Spec {
@@ -280,6 +290,7 @@ mod tests {
     fn engine(gradients: bool) -> EngineSpec {
         EngineSpec {
             layers: vec![2, 5],
+            sites: vec![Site::Mlp],
             gradients,
             loss_reduction: LossReduction::Sample,
             chunk_tokens: 0,

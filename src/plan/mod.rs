@@ -14,6 +14,7 @@ mod saes;
 mod show;
 mod sites;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use time::PrimitiveDateTime;
@@ -29,6 +30,7 @@ pub use saes::SaePlan;
 use crate::cli::{DemoArgs, LayerArgs, SaeArgs};
 use crate::engine::{EngineSpec, LossReduction};
 use crate::error::{Error, Result};
+use crate::model::op::Site;
 use crate::model::{Config, Dtype, Spec, Tensor, describe};
 use crate::output::folder::{FolderName, layers_label};
 use crate::output::{OutputSpec, Target};
@@ -71,8 +73,8 @@ pub struct Plan {
     pub sae: Option<SaePlan>,
     /// How.
     pub transform: TransformSpec,
-    /// Where results go.
-    pub output: OutputSpec,
+    /// Where results go, site by site.
+    pub outputs: Vec<(Site, OutputSpec)>,
     /// Where passes are computed.
     pub devices: Devices,
     /// Threads of the CPU.
@@ -184,7 +186,7 @@ impl Plan {
         let mut layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
         let mut label = layers_label(args.layers.as_deref(), config.num_layers);
         let choice = match sae.filter(|_| embedded.is_none()) {
-            Some(sae) => Some((sae, SaeChoice::find(sae, &config, fetcher)?)),
+            Some(sae) => Some((sae, SaeChoice::find(sae, &config, &spec, fetcher)?)),
             None => None,
         };
         if let Some((_, choice)) = &choice {
@@ -197,23 +199,31 @@ impl Plan {
             Some(demo) => Corpus::Embedded(demo),
             None => Corpus::find(&args.texts, fetcher)?,
         };
-        let folder = FolderName {
-            kind: if sae.is_some() { "sae_features" } else { "layer_activations" },
-            model_name,
-            num_samples,
-            batch_size: args.batch_size,
-            layers: &label,
-            power: powers.first().copied(),
-            timestamp,
+        let destination = |site: Site, several: bool| {
+            let elsewhere = (site != Site::Mlp).then(|| site.name());
+            let folder = FolderName {
+                kind: if sae.is_some() { "sae_features" } else { "layer_activations" },
+                model_name,
+                site: elsewhere,
+                num_samples,
+                batch_size: args.batch_size,
+                layers: &label,
+                power: powers.first().copied(),
+                timestamp,
+            };
+            let spec = OutputSpec {
+                output_dir: args.output_dir.clone(),
+                save_outputs: args.save_outputs,
+                save_consolidated: args.save_consolidated.clone(),
+                folder_name: folder.render(),
+            };
+            (site, if several { spec.of_site(elsewhere) } else { spec })
         };
-        let output = OutputSpec {
-            output_dir: args.output_dir.clone(),
-            save_outputs: args.save_outputs,
-            save_consolidated: args.save_consolidated.clone(),
-            folder_name: folder.render(),
-        };
+        let mut sites = sites::parse(args.site.as_deref().filter(|_| sae.is_none()), &spec)?;
         // Opened and dropped: what it made is removed again.
-        drop(Target::prepare(&output)?);
+        for &site in &sites {
+            drop(Target::prepare(&destination(site, sites.len() > 1).1)?);
+        }
         let texts = TextSpec {
             dataset: corpus.name().to_owned(),
             text_column: args.texts.text_column.clone(),
@@ -233,11 +243,16 @@ impl Plan {
         } else if !to_come {
             files.fetch_weights(fetcher)?;
         }
-        let sae = match (sae, embedded, choice) {
+        let saes = match (sae, embedded, choice) {
             (Some(sae), Some(demo), _) => Some(SaePlan::embedded(sae, demo, &config)?),
             (_, _, Some((sae, choice))) => Some(choice.open(sae, &config, fetcher)?),
             _ => None,
         };
+        if let Some(saes) = &saes {
+            sites = vec![saes.site];
+        }
+        let outputs: Vec<_> = sites.iter().map(|&site| destination(site, sites.len() > 1)).collect();
+        let sae = saes;
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
         if !(to_come && args.dry_run) {
@@ -267,6 +282,7 @@ impl Plan {
         let quantity = Quantity::from(args.aggregate_by);
         let mut engine = EngineSpec {
             layers,
+            sites,
             gradients: quantity != Quantity::Values,
             loss_reduction: args.loss_reduction,
             chunk_tokens: 0,
@@ -307,7 +323,7 @@ impl Plan {
                 normalise,
                 power: powers.first().copied(),
             },
-            output,
+            outputs,
             threads,
             devices,
             memory,
@@ -325,6 +341,11 @@ impl Plan {
             corpus,
             fetcher: fetcher.clone(),
         })
+    }
+
+    /// Width of what is shown of each wanted site.
+    pub fn widths(&self) -> BTreeMap<(usize, Site), usize> {
+        self.engine.widths(&self.spec)
     }
 
     /// Opens the dataset. Of one on the hub, files come when they are read.

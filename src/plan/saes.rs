@@ -14,8 +14,9 @@ use crate::backend::cpu::Cpu;
 use crate::backend::{SaeBackend, SaeGradient};
 use crate::cli::{MachineArgs, SaeArgs, SaeSplice};
 use crate::error::{Error, Result};
-use crate::model::Config;
+use crate::model::op::Site;
 use crate::model::sae::SaeWeights;
+use crate::model::{Config, Spec};
 use crate::output::report::every;
 use crate::stats::{Quantity, SaeSpec};
 use crate::transform::AggregationMode;
@@ -38,8 +39,8 @@ pub struct SaePlan {
     pub saes: BTreeMap<usize, Sae>,
     /// Files and bytes that a dry run leaves on the hub.
     pub to_come: (usize, u64),
-    /// The site that all of them belong to, as users call it.
-    pub site: &'static str,
+    /// The site that all of them belong to.
+    pub site: Site,
     /// What is odd about them.
     warnings: Vec<String>,
     /// `--sae_gradient`.
@@ -55,6 +56,8 @@ pub(super) struct SaeChoice {
     name: String,
     place: Place,
     options: SaeOptions,
+    /// `--site`.
+    site: Option<Site>,
     /// Paths, by layer.
     chosen: BTreeMap<usize, String>,
     /// Those that lie on this machine are opened before anything is brought.
@@ -66,7 +69,7 @@ pub(super) struct SaeChoice {
 #[derive(Default)]
 struct Opened {
     saes: BTreeMap<usize, Sae>,
-    site: Option<&'static str>,
+    site: Option<Site>,
     warnings: Vec<String>,
 }
 
@@ -76,7 +79,7 @@ impl SaeChoice {
     /// # Errors
     /// Flags that make no sense; SAEs that are not there, cannot be read, are of another width, or belong to a place that
     /// cannot be looked at.
-    pub fn find(args: &SaeArgs, model: &Config, fetcher: &Fetcher) -> Result<Self> {
+    pub fn find(args: &SaeArgs, model: &Config, spec: &Spec, fetcher: &Fetcher) -> Result<Self> {
         let started = Instant::now();
         if args.position_stride == 0 {
             return Err(Error::usage("a number is too small")
@@ -90,25 +93,18 @@ impl SaeChoice {
                 .expected("a finite number above 0")
                 .found(scale));
         }
-        if let Some(site) = &args.site {
-            sites::find(site, "--site")?;
-        }
         let flag = args.layer.layers.as_deref();
         let wanted = flag.map(|flag| layers::parse(Some(flag), model.num_layers)).transpose()?;
         let options =
             SaeOptions { norm_scale: args.sae_norm_scale, llamascope_convention: args.llamascope_convention };
+        let site = one_site(args, spec)?;
         let (name, place) = Place::find(args, fetcher)?;
-        let asked = Asked {
-            wanted: wanted.as_deref(),
-            site: args.site.as_deref(),
-            options: &options,
-            model,
-            dry_run: args.layer.dry_run,
-        };
+        let asked =
+            Asked { wanted: wanted.as_deref(), site, options: &options, model, dry_run: args.layer.dry_run };
         let chosen = place.choose(&name, &asked, fetcher)?;
-        let mut choice = Self { name, place, options, chosen, opened: Opened::default(), found_s: 0.0 };
+        let mut choice = Self { name, place, options, site, chosen, opened: Opened::default(), found_s: 0.0 };
         if choice.place.is_here() {
-            choice.open_all(Path::new(""), args, model)?;
+            choice.open_all(Path::new(""), model)?;
         }
         choice.found_s = started.elapsed().as_secs_f64();
         Ok(choice)
@@ -133,34 +129,35 @@ impl SaeChoice {
         let Brought { root, commit, to_come } =
             self.place.bring(&self.chosen, args.layer.dry_run, fetcher)?;
         if to_come.0 == 0 && !self.place.is_here() {
-            self.open_all(&root, args, model)?;
+            self.open_all(&root, model)?;
         }
         let layers = self.layers();
         let Self { name, opened: Opened { saes, site, warnings }, found_s, .. } = self;
         let loading_s = found_s + started.elapsed().as_secs_f64();
-        let plan = SaePlan::of(args, name, site.unwrap_or("mlp"));
+        let plan = SaePlan::of(args, name, site.or(self.site).unwrap_or(Site::Mlp));
         Ok(SaePlan { commit, loading_s, layers, saes, to_come, warnings, ..plan })
     }
 
-    fn open_all(&mut self, root: &Path, args: &SaeArgs, model: &Config) -> Result<()> {
+    fn open_all(&mut self, root: &Path, model: &Config) -> Result<()> {
         for (&layer, path) in &self.chosen {
             let sae = sae::open(&root.join(path), &self.options)?;
-            let own = check(&sae, layer, args.site.as_deref(), model)?;
+            let own = check(&sae, layer, self.site, model)?;
             match self.opened.site {
                 Some(site) if site != own => {
                     return Err(Error::new("the SAEs belong to different places in the model")
                         .at(&self.name)
-                        .expected(format!("{site}, as for the layers before layer {layer}"))
-                        .found(own)
+                        .expected(format!("{}, as for the layers before layer {layer}", site.name()))
+                        .found(own.name())
                         .hint("analyse them in separate runs, or say which place is meant with --site"));
                 }
                 _ => self.opened.site = Some(own),
             }
             if let Some(hook) = &sae.about.hook
-                && sites::named(hook).is_none_or(|(site, _)| !sites::is_meant(site, Some(own)))
+                && sites::named(hook).is_none_or(|(place, _)| !place.is_meant(Some(own), model))
             {
                 self.opened.warnings.push(format!(
-                    "the SAE of layer {layer} is taken for one of {own}, as --site says; its files say {hook}"
+                    "the SAE of layer {layer} is taken for one of {}, as --site says; its files say {hook}",
+                    own.name()
                 ));
             }
             self.opened.saes.insert(layer, sae);
@@ -180,11 +177,11 @@ impl SaePlan {
             saes.insert(layer, sae);
         }
         let layers = saes.keys().copied().collect();
-        Ok(Self { layers, saes, ..Self::of(args, "saes".into(), "mlp") })
+        Ok(Self { layers, saes, ..Self::of(args, "saes".into(), Site::Mlp) })
     }
 
     /// What is asked of SAEs, without any.
-    fn of(args: &SaeArgs, name: String, site: &'static str) -> Self {
+    fn of(args: &SaeArgs, name: String, site: Site) -> Self {
         Self {
             name,
             commit: None,
@@ -268,7 +265,7 @@ impl SaePlan {
             true => ", one layer's reconstruction in its place at a time",
             false => "",
         };
-        format!("{}{splice}", self.site)
+        format!("{}{splice}", self.site.name())
     }
 
     /// Multiply-adds ×2 for the features of a position, all layers together: the products that no one is spared.
@@ -368,21 +365,39 @@ pub(super) fn device(machine: &MachineArgs, warnings: &mut Vec<String>) -> Resul
     Devices::resolve(&MachineArgs { device: "cpu".into(), ..machine.clone() }, warnings)
 }
 
-/// Whether `sae` can stand at `layer` of the model; the name of its site.
-fn check(sae: &Sae, layer: usize, site: Option<&str>, model: &Config) -> Result<&'static str> {
+/// The one site of `--site`.
+fn one_site(args: &SaeArgs, spec: &Spec) -> Result<Option<Site>> {
+    let Some(flag) = args.layer.site.as_deref() else { return Ok(None) };
+    match sites::parse(Some(flag), spec)?[..] {
+        [site] => Ok(Some(site)),
+        _ => Err(Error::usage("SAEs stand at one place in the model")
+            .at("--site")
+            .expected("one site")
+            .found(flag)
+            .hint("analyse SAEs of several places in separate runs")),
+    }
+}
+
+/// Whether `sae` can stand at `layer` of the model; its site.
+fn check(sae: &Sae, layer: usize, flag: Option<Site>, model: &Config) -> Result<Site> {
     let place = sae.about.path.display().to_string();
-    if sae.weights.width() != model.hidden_size {
+    let hook = sae.about.hook.as_deref();
+    let named = hook.and_then(sites::named);
+    let site = flag.or_else(|| named.and_then(|(place, _)| place.site(model)));
+    let width = site.and_then(|site| sites::width(site, model)).unwrap_or(model.hidden_size);
+    if sae.weights.width() != width {
         return Err(Error::new("the SAE is not of this model: its width differs")
             .at(place)
-            .expected(format!("width {}, the model's hidden size", model.hidden_size))
+            .expected(match width == model.hidden_size {
+                true => format!("width {width}, the model's hidden size"),
+                false => format!("width {width}, the inner size of the model's MLP"),
+            })
             .found(match &sae.about.model_name {
                 Some(name) => format!("width {}, trained on {name}", sae.weights.width()),
                 None => format!("width {}", sae.weights.width()),
             })
             .hint("--model_name must be the model that the SAEs were trained on, or a finetune of it"));
     }
-    let hook = sae.about.hook.as_deref();
-    let named = hook.and_then(sites::named);
     let own = named.map(|(_, layer)| layer).or(sae.about.layer);
     if let Some(own) = own.filter(|own| *own != layer) {
         return Err(Error::new("the SAE is of another layer than the one it was given for")
@@ -394,17 +409,13 @@ fn check(sae: &Sae, layer: usize, site: Option<&str>, model: &Config) -> Result<
             })
             .hint("check the path, and where {layer} stands in --sae"));
     }
-    let site = match (site, named, hook) {
-        (Some(site), _, _) => sites::find(site, "--site")?.0,
-        (None, Some((site, _)), Some(hook)) => sites::find(site, &format!("{place} ({hook})"))?.0,
-        (None, None, Some(hook)) => return Err(sites::unseen(hook, &place)),
-        (None, _, None) => {
-            return Err(Error::new("the SAE's files do not say which place in the model it belongs to")
-                .at(place)
-                .expected("a hook point such as mlp_out_layer_3, layers.3.mlp or blocks.3.hook_mlp_out")
-                .found("none")
-                .hint("say it with --site, for example --site mlp_out"));
-        }
-    };
-    Ok(site)
+    match (site, hook) {
+        (Some(site), _) => Ok(site),
+        (None, Some(hook)) => Err(sites::unseen(hook, &place)),
+        (None, None) => Err(Error::new("the SAE's files do not say which place in the model it belongs to")
+            .at(place)
+            .expected("a hook point such as mlp_out_layer_3, layers.3.mlp or blocks.3.hook_mlp_out")
+            .found("none")
+            .hint("say it with --site, for example --site mlp_out")),
+    }
 }

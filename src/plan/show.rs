@@ -3,7 +3,6 @@
 use std::fmt;
 
 use super::{Devices, Plan};
-use crate::model::op::Site;
 use crate::model::{Config, RopeScaling};
 use crate::stats::Quantity;
 use crate::units::{size, thousands};
@@ -99,12 +98,10 @@ impl Plan {
 
     /// The place in each block that is looked at, and what stands there.
     pub fn place(&self, quantity: Quantity) -> String {
-        self.sae.as_ref().map_or(Site::Mlp.name().into(), |sae| sae.place(quantity))
-    }
-
-    /// The place in each block that is looked at, as users call it.
-    pub fn site(&self) -> &'static str {
-        self.sae.as_ref().map_or(Site::Mlp.name(), |sae| sae.site)
+        match &self.sae {
+            Some(sae) => sae.place(quantity),
+            None => self.engine.sites.iter().map(|site| site.name()).collect::<Vec<_>>().join(", "),
+        }
     }
 
     /// Size and type of the weights, or what of them is still to come.
@@ -223,11 +220,11 @@ impl Plan {
 
     fn destination(&self) -> String {
         let mut places = Vec::new();
-        if self.output.save_outputs {
-            places.push(self.output.output_dir.join(&self.output.folder_name).display().to_string());
-        }
-        if let Some(path) = &self.output.save_consolidated {
-            places.push(path.display().to_string());
+        for (_, output) in &self.outputs {
+            if output.save_outputs {
+                places.push(output.output_dir.join(&output.folder_name).display().to_string());
+            }
+            places.extend(output.save_consolidated.as_ref().map(|path| path.display().to_string()));
         }
         if places.is_empty() { "nothing is saved".into() } else { places.join(" and ") }
     }

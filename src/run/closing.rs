@@ -1,8 +1,7 @@
 //! What is said when the numbers are there: one screen, and the rest for `runtime_output.txt`.
 
-use std::collections::BTreeMap;
-
 use crate::engine::Totals;
+use crate::model::op::Site;
 use crate::output::Log;
 use crate::output::report::{self, LayerSummary};
 use crate::plan::Plan;
@@ -26,7 +25,7 @@ pub(super) struct Table {
 /// Prints the table that was asked for, with as many layers as fit one screen; where a folder is saved, its
 /// `runtime_output.txt` gets the other quantities and the layers left out.
 pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
-    let saved = plan.output.save_outputs;
+    let saved = plan.outputs.iter().any(|(_, output)| output.save_outputs);
     let item = if plan.sae.is_some() { "feature" } else { "dimension" };
     for Table { quantity, title, rows } in tables {
         let full = report::table(title, item, rows);
@@ -47,9 +46,17 @@ pub(super) fn show(tables: &[Table], plan: &Plan, log: &Log) {
     }
 }
 
+/// A warning about one site, named where there are several.
+pub(super) fn at_site(plan: &Plan, site: Site, warning: &str) -> String {
+    match plan.engine.sites.len() {
+        1 => warning.to_owned(),
+        _ => format!("{}: {warning}", site.name()),
+    }
+}
+
 /// What to say where position 0 dominates layers: the mean over tokens is then that of another kind of token.
-pub(super) fn sink_warning(layers: &BTreeMap<usize, LayerMoments>, direction: Direction) -> Option<String> {
-    let shares = layers.iter().filter_map(|(&layer, moments)| {
+pub(super) fn sink_warning(layers: &[(usize, &LayerMoments)], direction: Direction) -> Option<String> {
+    let shares = layers.iter().filter_map(|&(layer, moments)| {
         let (at_0, all) = (moments.at_0(direction)?, moments.get(direction)?);
         Some((layer, moments.position_0_share(direction)?, at_0.count as f64 / all.count as f64))
     });
@@ -91,14 +98,14 @@ mod tests {
     use super::*;
     use crate::backend::Chunk;
     use crate::backend::cpu::Cpu;
-    use crate::model::op::Site;
     use crate::source::TextCounts;
     use crate::stats::{MomentSink, Sink, Tap};
 
     /// One sample of `tokens` tokens, at whose first one layer l has the value `first[l]`; 1 everywhere else.
     fn warning(tokens: usize, first: &[f32]) -> Option<String> {
         let cpu = Cpu::<f32>::new();
-        let mut sink = MomentSink::new(&(0..first.len()).collect::<Vec<_>>(), 1);
+        let widths = (0..first.len()).map(|layer| ((layer, Site::Mlp), 1)).collect();
+        let mut sink = MomentSink::new(&widths);
         let chunk = Chunk {
             ids: vec![0; tokens],
             cu_seqlens: vec![0, tokens],
@@ -111,7 +118,8 @@ mod tests {
             let tap = Tap { layer, site: Site::Mlp, direction: Direction::Values };
             sink.push(&cpu, tap, &chunk, &cpu.from_slice(&rows, 1)).unwrap();
         }
-        let layers = sink.read(&cpu).unwrap();
+        let sites = sink.read(&cpu).unwrap();
+        let layers: Vec<_> = sites.iter().map(|(&(layer, _), moments)| (layer, moments)).collect();
         assert_eq!(sink_warning(&layers, Direction::Gradients), None, "there are none");
         sink_warning(&layers, Direction::Values)
     }

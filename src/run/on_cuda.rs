@@ -12,13 +12,11 @@ use crate::backend::cuda::{CudaBackend, CudaLower, CudaSpec};
 use crate::engine::{Engine, EngineSpec, PassRun, PassTotals, Totals};
 use crate::error::{Error, Kind, Result};
 use crate::interrupt::Interrupt;
+use crate::model::op::Site;
 use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
 use crate::source::Pass;
-use crate::stats::{LayerMoments, MomentSink};
-
-/// Sums of each wanted layer.
-type Layers = BTreeMap<usize, LayerMoments>;
+use crate::stats::{LayerMoments, MomentSink, SiteMoments};
 
 /// What a device's thread is given.
 struct Job {
@@ -35,7 +33,7 @@ struct Job {
 /// What a thread sends: that it is ready, and what a pass adds up to, by the pass's number.
 enum Answer {
     Ready,
-    Pass(u64, PassTotals, Layers),
+    Pass(u64, PassTotals, SiteMoments),
     Failed(Error),
 }
 
@@ -49,9 +47,9 @@ pub(super) struct OnCuda {
     sent: u64,
     added: u64,
     /// Passes that were done before an earlier one.
-    early: BTreeMap<u64, (PassTotals, Layers)>,
+    early: BTreeMap<u64, (PassTotals, SiteMoments)>,
     totals: Totals,
-    layers: Layers,
+    sites: SiteMoments,
     /// Stops the other devices when one has failed.
     stop: Interrupt,
     finished: bool,
@@ -110,7 +108,7 @@ impl OnCuda {
             added: 0,
             early: BTreeMap::new(),
             totals: Totals::default(),
-            layers: Layers::new(),
+            sites: SiteMoments::new(),
             stop,
             finished: false,
         };
@@ -129,13 +127,13 @@ impl OnCuda {
         match answer {
             Answer::Ready => {}
             Answer::Failed(error) => return Err(error),
-            Answer::Pass(number, totals, layers) => {
-                self.early.insert(number, (totals, layers));
-                while let Some((totals, layers)) = self.early.remove(&self.added) {
+            Answer::Pass(number, totals, sites) => {
+                self.early.insert(number, (totals, sites));
+                while let Some((totals, sites)) = self.early.remove(&self.added) {
                     self.added += 1;
                     self.totals.add(&totals);
-                    for (layer, moments) in layers {
-                        self.layers.entry(layer).or_default().add(&moments);
+                    for (place, moments) in sites {
+                        self.sites.entry(place).or_default().add(&moments);
                     }
                 }
             }
@@ -190,8 +188,8 @@ impl Work for OnCuda {
             }
         }
         self.finished = true;
-        self.layers.values_mut().for_each(LayerMoments::round);
-        Ok(Results::Dimensions(std::mem::take(&mut self.layers)))
+        self.sites.values_mut().for_each(LayerMoments::round);
+        Ok(Results::Dimensions(std::mem::take(&mut self.sites)))
     }
 }
 
@@ -224,9 +222,9 @@ impl Job {
             Ok(backend) => backend.planned_for(planned),
             Err(error) => return failed(error),
         };
-        let (layers, width) = (engine.layers.clone(), spec.hidden_size);
+        let widths = engine.widths(&spec);
         let engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
-        let mut worker = Worker { backend: &backend, engine, layers, width, answers };
+        let mut worker = Worker { backend: &backend, engine, widths, answers };
         if let Err(error) = worker.work(passes) {
             // Before the device is closed, which waits for what it is at.
             failed(error);
@@ -238,8 +236,8 @@ impl Job {
 struct Worker<'a> {
     backend: &'a CudaBackend,
     engine: Engine<'a, CudaBackend>,
-    layers: Vec<usize>,
-    width: usize,
+    /// Of each wanted site.
+    widths: BTreeMap<(usize, Site), usize>,
     answers: &'a Sender<Answer>,
 }
 
@@ -253,7 +251,7 @@ impl Worker<'_> {
             let ran = match pass {
                 None => before.take(),
                 Some(pass) => {
-                    let mut sink = MomentSink::new(&self.layers, self.width);
+                    let mut sink = MomentSink::new(&self.widths);
                     let run = self.engine.run(&pass, &mut sink)?;
                     before.replace((number, run, sink))
                 }
@@ -266,8 +264,8 @@ impl Worker<'_> {
     /// Reads back what was asked for.
     fn answer(&self, ran: Option<Ran>) -> Result<()> {
         let Some((number, run, mut sink)) = ran else { return Ok(()) };
-        let layers = sink.read(self.backend)?;
-        send(self.answers, Answer::Pass(number, run.settle(self.backend)?, layers));
+        let sites = sink.read(self.backend)?;
+        send(self.answers, Answer::Pass(number, run.settle(self.backend)?, sites));
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ use super::features;
 use super::results::{Results, Summed};
 use crate::backend::Moments;
 use crate::engine::Totals;
+use crate::model::op::Site;
 use crate::output::npy::Array;
 use crate::output::report::LayerSummary;
 use crate::output::{Log, RunRecord, Timing};
@@ -15,20 +16,22 @@ use crate::source::SourceCounts;
 use crate::stats::Quantity;
 use crate::transform;
 
-/// Everything the files hold, and the tables for the screen.
+/// Everything the files of `site` hold, and the tables for the screen.
 pub(super) fn record<'a>(
     plan: &Plan,
+    site: Site,
     counts: &SourceCounts,
     totals: &Totals,
     results: &'a Results,
-    mut timing: Timing,
+    timing: &Timing,
     log: &Log,
 ) -> (RunRecord<'a>, Vec<Table>) {
+    let mut timing = timing.clone();
     let mut rendered = Vec::new();
     let mut statistics = Vec::new();
     let mut tables: Vec<Table> = Vec::new();
     let mut shares = Map::new();
-    for summed in results.summed() {
+    for summed in results.summed(site) {
         let Summed { layer, quantity, moments, .. } = summed;
         let (mean, mean_abs) = (over(&moments.sum, moments), over(&moments.sum_abs, moments));
         let rendering = transform::render(&plan.transform, layer, &mean, &mean_abs);
@@ -38,14 +41,14 @@ pub(super) fn record<'a>(
         let row = LayerSummary::new(layer, count, &mean, &mean_abs, max_abs, share, ranked, 5);
         match tables.iter_mut().find(|table| table.quantity == quantity) {
             Some(table) => table.rows.push(row),
-            None => tables.push(Table { quantity, title: title(plan, quantity), rows: vec![row] }),
+            None => tables.push(Table { quantity, title: title(plan, site, quantity), rows: vec![row] }),
         }
         if quantity == plan.quantity {
             shares.extend(share.map(|share| (format!("layer_{layer}"), share.into())));
             rendering.warnings.iter().for_each(|warning| log.warn(warning));
             rendered.extend(rendering.arrays);
         }
-        statistics.extend(named(plan.site(), summed));
+        statistics.extend(named(site.name(), summed));
     }
     for &layer in &plan.engine.layers {
         timing.set_layer(layer, "gradient_computation", totals.layer_s[layer]);
@@ -63,7 +66,7 @@ pub(super) fn record<'a>(
         power: plan.transform.power,
         device: plan.devices.name(),
         timestamp: plan.timestamp,
-        extra: facts(plan, counts, totals, shares, results),
+        extra: facts(plan, site, counts, totals, shares, results),
         rendered,
         statistics,
         timing,
@@ -72,9 +75,9 @@ pub(super) fn record<'a>(
 }
 
 /// What the numbers of a table are.
-fn title(plan: &Plan, quantity: Quantity) -> String {
+fn title(plan: &Plan, site: Site, quantity: Quantity) -> String {
     let loss = format!("of the {} loss", plan.engine.loss_reduction.name());
-    let place = plan.place(quantity);
+    let place = plan.sae.as_ref().map_or(site.name().into(), |sae| sae.place(quantity));
     match (&plan.sae, quantity) {
         (None, Quantity::Gradients) => format!("gradients at {place} {loss}, nats per unit"),
         (None, _) => format!("{quantity} at {place}"),
@@ -120,6 +123,7 @@ fn named<'a>(site: &str, summed: Summed<'a>) -> Vec<(String, Array<'a>)> {
 /// What metadata holds beyond the contract.
 fn facts(
     plan: &Plan,
+    site: Site,
     counts: &SourceCounts,
     totals: &Totals,
     position_0_share: Map<String, Value>,
@@ -132,7 +136,7 @@ fn facts(
     let facts = json!({
         "gradlens_version": env!("CARGO_PKG_VERSION"),
         "architecture": plan.config.model_type,
-        "site": plan.site(),
+        "site": site.name(),
         "device_names": plan.devices.names(),
         "dtype": plan.devices.dtype(),
         "loss_reduction": plan.engine.loss_reduction.name(),

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use crate::backend::{FeatureValues, Moments};
-use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity};
+use crate::model::op::Site;
+use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity, SiteMoments};
 
 /// Sums of each wanted layer.
 pub(super) enum Results {
-    /// Of the dimensions of a site.
-    Dimensions(BTreeMap<usize, LayerMoments>),
+    /// Of the dimensions of sites.
+    Dimensions(SiteMoments),
     /// Of SAE features.
     Features(BTreeMap<usize, LayerFeatures>),
 }
@@ -26,11 +27,12 @@ pub(super) struct Summed<'a> {
 }
 
 impl Results {
-    /// Everything there is, values first, layers ascending.
-    pub fn summed(&self) -> Vec<Summed<'_>> {
+    /// Everything there is of `site`, values first, layers ascending.
+    pub fn summed(&self, site: Site) -> Vec<Summed<'_>> {
         let mut all: Vec<Summed<'_>> = match self {
-            Self::Dimensions(layers) => {
-                layers.iter().flat_map(|(&layer, sums)| dimensions(layer, sums)).collect()
+            Self::Dimensions(sites) => {
+                let own = sites.iter().filter(|((_, own), _)| *own == site);
+                own.flat_map(|(&(layer, _), sums)| dimensions(layer, sums)).collect()
             }
             Self::Features(layers) => {
                 layers.iter().flat_map(|(&layer, sums)| features(layer, sums)).collect()
@@ -48,11 +50,14 @@ impl Results {
         }
     }
 
-    /// Of dimensions.
-    pub fn dimensions(&self) -> Option<&BTreeMap<usize, LayerMoments>> {
+    /// Of the dimensions of `site`, by layer.
+    pub fn dimensions(&self, site: Site) -> Vec<(usize, &LayerMoments)> {
         match self {
-            Self::Dimensions(layers) => Some(layers),
-            Self::Features(_) => None,
+            Self::Dimensions(sites) => {
+                let own = sites.iter().filter(|((_, own), _)| *own == site);
+                own.map(|(&(layer, _), sums)| (layer, sums)).collect()
+            }
+            Self::Features(_) => Vec::new(),
         }
     }
 }

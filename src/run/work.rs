@@ -88,7 +88,7 @@ pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -
     }
     let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());
     let sink = match &plan.sae {
-        None => CpuSink::Dimensions(MomentSink::new(&plan.engine.layers, plan.spec.hidden_size)),
+        None => CpuSink::Dimensions(MomentSink::new(&plan.widths())),
         Some(sae) => {
             let sink = SaeSink::new(sae.spec(plan.quantity, plan.transform.mode));
             match sae.is_spliced(plan.quantity) {

@@ -3,7 +3,7 @@
 mod moments;
 mod sae;
 
-pub use moments::{LayerMoments, MomentSink};
+pub use moments::{LayerMoments, MomentSink, SiteMoments};
 pub use sae::{Example, LayerFeatures, SaeSink, SaeSpec};
 
 use std::fmt;

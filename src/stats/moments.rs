@@ -6,8 +6,9 @@ use std::ops::Range;
 use super::{Direction, Sink, Tap};
 use crate::backend::{Backend, Chunk, Moments};
 use crate::error::{Error, Result};
+use crate::model::op::Site;
 
-/// Sums of one layer.
+/// Sums of one site of one layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerMoments {
     /// Of the values; every token counts.
@@ -69,22 +70,31 @@ impl LayerMoments {
     }
 }
 
-/// Collects [`Moments`] of dimension D at the wanted layers, where the backend adds them up.
+/// Sums by layer and site.
+pub type SiteMoments = BTreeMap<(usize, Site), LayerMoments>;
+
+/// Collects [`Moments`] at the wanted sites, where the backend adds them up.
 pub struct MomentSink<B: Backend> {
-    layers: BTreeMap<usize, [Option<Pair<B>>; 2]>,
-    width: usize,
+    sites: BTreeMap<(usize, Site), State<B>>,
     /// What is to be found finite: where, the samples that were added, what the backend will say of them.
     checks: Vec<(Tap, Vec<u64>, B::Finite)>,
+}
+
+/// What is known of one site.
+struct State<B: Backend> {
+    width: usize,
+    /// Of values and of gradients.
+    sums: [Option<Pair<B>>; 2],
 }
 
 /// Sums over all tokens, and over those at position 0.
 type Pair<B> = [<B as Backend>::Moments; 2];
 
 impl<B: Backend> MomentSink<B> {
-    /// For these layers; `width` is D.
-    pub fn new(layers: &[usize], width: usize) -> Self {
-        let layers = layers.iter().map(|&layer| (layer, [None, None])).collect();
-        Self { layers, width, checks: Vec::new() }
+    /// For these sites, by layer and site, with the width of each.
+    pub fn new(widths: &BTreeMap<(usize, Site), usize>) -> Self {
+        let state = |(&place, &width)| (place, State { width, sums: [None, None] });
+        Self { sites: widths.iter().map(state).collect(), checks: Vec::new() }
     }
 
     /// Waits for what was shown so far.
@@ -96,7 +106,7 @@ impl<B: Backend> MomentSink<B> {
             let Err(bad) = backend.is_finite(finite)? else { continue };
             let sample = indices[bad.0];
             return Err(Error::new(format!(
-                "not a finite number in the {} of the {} output",
+                "not a finite number in the {} at site {}",
                 tap.direction,
                 tap.site.name()
             ))
@@ -110,36 +120,37 @@ impl<B: Backend> MomentSink<B> {
         Ok(())
     }
 
-    /// The sums so far, by layer, after waiting for them.
+    /// The sums so far, after waiting for them.
     ///
     /// # Errors
     /// As [`MomentSink::check`].
-    pub fn read(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerMoments>> {
+    pub fn read(&mut self, backend: &B) -> Result<SiteMoments> {
         self.check(backend)?;
         let read = |pair: &Option<Pair<B>>, index: usize| -> Result<Option<Moments>> {
             pair.as_ref().map(|pair| backend.read_moments(&pair[index])).transpose()
         };
-        let layer = |(&layer, [values, gradients]): (&usize, &[Option<Pair<B>>; 2])| {
+        let site = |(&place, state): (&(usize, Site), &State<B>)| {
+            let [values, gradients] = &state.sums;
             let moments = LayerMoments {
                 values: read(values, 0)?,
                 gradients: read(gradients, 0)?,
                 values_at_0: read(values, 1)?,
                 gradients_at_0: read(gradients, 1)?,
             };
-            Ok((layer, moments))
+            Ok((place, moments))
         };
-        self.layers.iter().map(layer).collect()
+        self.sites.iter().map(site).collect()
     }
 }
 
 impl<B: Backend> Sink<B> for MomentSink<B> {
     fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
-        let Some(layer) = self.layers.get_mut(&tap.layer) else { return Ok(()) };
+        let Some(state) = self.sites.get_mut(&(tap.layer, tap.site)) else { return Ok(()) };
         let (pair, shortest) = match tap.direction {
-            Direction::Values => (&mut layer[0], 1),
-            Direction::Gradients => (&mut layer[1], 2),
+            Direction::Values => (&mut state.sums[0], 1),
+            Direction::Gradients => (&mut state.sums[1], 2),
         };
-        let new = || backend.new_moments(self.width);
+        let new = || backend.new_moments(state.width);
         let [all, at_0] = match pair {
             Some(pair) => pair,
             None => pair.insert([new()?, new()?]),
@@ -159,12 +170,11 @@ impl<B: Backend> Sink<B> for MomentSink<B> {
 mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
-    use crate::model::op::Site;
 
     #[test]
     fn position_0_is_counted_besides() {
         let cpu = Cpu::<f64>::new();
-        let mut sink = MomentSink::new(&[3], 2);
+        let mut sink = MomentSink::new(&BTreeMap::from([((3, Site::Mlp), 2)]));
         // Samples of 2, 1 and 3 tokens.
         let chunk = Chunk {
             ids: vec![0; 6],
@@ -177,7 +187,7 @@ mod tests {
         for direction in [Direction::Values, Direction::Gradients] {
             sink.push(&cpu, Tap { layer: 3, site: Site::Mlp, direction }, &chunk, &x).unwrap();
         }
-        let layer = &sink.read(&cpu).unwrap()[&3];
+        let layer = &sink.read(&cpu).unwrap()[&(3, Site::Mlp)];
         let values = layer.at_0(Direction::Values).unwrap();
         assert_eq!((values.sum_abs.as_slice(), values.count), ([20.0, 20.0].as_slice(), 3));
         assert_eq!(layer.get(Direction::Values).unwrap().sum_abs, [22.5, 21.5]);

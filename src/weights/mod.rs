@@ -141,7 +141,13 @@ impl Checkpoint {
 
     /// The tensor of `spec`, or what is there instead.
     fn find(&self, spec: &WeightSpec) -> Result<Tensor, String> {
-        let (shard, entry) = self.tensors.get(&spec.name).ok_or("nothing")?;
+        let (name, shape, first) = match &spec.elsewhere {
+            Some(elsewhere) if !self.tensors.contains_key(&spec.name) => {
+                (&elsewhere.name, &elsewhere.shape, elsewhere.first)
+            }
+            _ => (&spec.name, &spec.shape, 0),
+        };
+        let (shard, entry) = self.tensors.get(name).ok_or("nothing")?;
         let dtype = match entry.dtype {
             ::safetensors::Dtype::F32 => Some(Dtype::F32),
             ::safetensors::Dtype::F16 => Some(Dtype::F16),
@@ -149,12 +155,20 @@ impl Checkpoint {
             _ => None,
         };
         dtype
-            .filter(|_| entry.shape == spec.shape)
+            .filter(|_| entry.shape == *shape)
             .zip(self.shards.get(*shard))
             .and_then(|(dtype, bytes)| {
                 Tensor::new(dtype, entry.shape.clone(), Arc::clone(bytes), entry.range.clone())
             })
-            .ok_or_else(|| format!("{:?} in {}", entry.shape, dtype_name(dtype, entry)))
+            .and_then(|tensor| tensor.part(first, &spec.shape))
+            .ok_or_else(|| match name == &spec.name {
+                true => format!("{:?} in {}", entry.shape, dtype_name(dtype, entry)),
+                false => format!(
+                    "{name} of {:?} in {}, and not of {shape:?}",
+                    entry.shape,
+                    dtype_name(dtype, entry)
+                ),
+            })
     }
 
     /// A tensor of the checkpoint whose name is `wanted` but for a prefix.
@@ -170,7 +184,12 @@ impl Checkpoint {
     /// be superfluous (saved rotary frequencies, a tied head). The model is computed without them: a plan
     /// should mention them, because biases or adapters may be among them.
     pub fn unused(&self, specs: &[WeightSpec]) -> Vec<&str> {
-        let asked: HashSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        let mut asked = HashSet::new();
+        for spec in specs {
+            // Where there is one under its own name, another is left over.
+            let elsewhere = spec.elsewhere.as_ref().filter(|_| !self.tensors.contains_key(&spec.name));
+            asked.insert(elsewhere.map_or(spec.name.as_str(), |elsewhere| elsewhere.name.as_str()));
+        }
         let superfluous = |name: &str| arch::UNNEEDED.iter().any(|ending| name.ends_with(ending));
         self.tensors
             .keys()

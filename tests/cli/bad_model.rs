@@ -187,7 +187,7 @@ fn nan_in_a_weight() {
         let dir = Dir::with(golden);
         files::set_element(&dir.path(WEIGHTS), tensor, 5, f32::NAN);
         for by in ["values", "gradients"] {
-            let says = ["not a finite number in the values of the mlp output", "layer 2, sample 0", "NaN"];
+            let says = ["not a finite number in the values at site mlp", "layer 2, sample 0", "NaN"];
             dir.refuse(1, &format!("{RUN} --aggregate_by {by}"), &says);
         }
     }
@@ -208,7 +208,7 @@ fn infinity_in_a_weight() {
 fn nan_behind_the_layers() {
     let dir = Dir::with("yi");
     files::set_element(&dir.path(WEIGHTS), "model.norm.weight", 0, f32::NAN);
-    let says = ["not a finite number in the gradients of the mlp output", "layer 2, sample 0"];
+    let says = ["not a finite number in the gradients at site mlp", "layer 2, sample 0"];
     dir.refuse(1, &format!("{RUN} --aggregate_by gradients"), &says);
     dir.ok(&format!("{RUN} --num_samples 10"));
 }

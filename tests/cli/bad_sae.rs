@@ -100,13 +100,16 @@ fn saes_of_another_layer_or_place() {
         ["of another layer", "expected: an SAE of layer 1", "found:    layer 2", "where {layer} stands"];
     dir.refuse(1, &format!("{SAE} --sae {BATCH_TOPK}"), &says);
     let third = format!("{SAE} --sae {BATCH_TOPK} --layers 3");
-    for place in ["resid_post_layer_3", "blocks.3.hook_resid_pre", "blocks.3.ln2.hook_normalized"] {
+    for place in ["blocks.3.hook_k", "blocks.3.ln2.hook_normalized"] {
         edit(&dir, "saes/mlp_out_layer_3/trainer_0/config.json", |config| {
             config["trainer"]["submodule_name"] = json!(place);
         });
         dir.refuse(1, &third, &["this place in the model cannot be looked at", "one of mlp, mlp_out"]);
     }
-    dir.refuse(1, &format!("{third} --site resid_pre"), &["--site", "resid_pre"]);
+    dir.refuse(2, &format!("{third} --site middle"), &["--site", "middle", "resid_pre, resid_mid"]);
+    dir.refuse(2, &format!("{third} --site mlp,resid_pre"), &["--site", "one site", "separate runs"]);
+    let inner = format!("{third} --site mlp_hidden");
+    dir.refuse(1, &inner, &["its width differs", "width 96, the inner size of the model's MLP"]);
     let taken = dir.ok(&format!("{third} --site mlp --dry_run"));
     taken.err("the SAE of layer 3 is taken for one of mlp, as --site says; its files say blocks.3.ln2");
     // The input of the module is another place than its output.
@@ -118,16 +121,21 @@ fn saes_of_another_layer_or_place() {
     dir.ok(&format!("{third} --site mlp --dry_run"));
 }
 
-/// Of SAEs of several places, those of a place that can be looked at are meant.
+/// Of SAEs of several places, those of `--site` are meant.
 #[test]
-fn places_that_cannot_be_looked_at_are_left_alone() {
+fn saes_of_several_places() {
     let dir = with("sparsify_topk");
     for layer in [1, 3] {
         let from = dir.path(&format!("saes/layers.{layer}.mlp"));
         copy(&from, &dir.path(&format!("saes/layers.{layer}")));
         copy(&from, &dir.path(&format!("saes/layers.{layer}.self_attn")));
     }
-    dir.ok(&format!("{SAE} --sae saes --dry_run")).out("layers       2 of 4: 1,3");
+    let says = ["there are 3 SAEs of layer 1", "saes/layers.{layer}.self_attn", "--site"];
+    dir.refuse(2, &format!("{SAE} --sae saes --dry_run"), &says);
+    for site in ["mlp", "mlp_out", "attn_out", "resid_post"] {
+        let plan = dir.ok(&format!("{SAE} --sae saes --site {site} --dry_run"));
+        plan.out("layers       2 of 4: 1,3").out(&format!("values of features at {site}"));
+    }
 }
 
 /// A folder without a layer's number: the files tell it.

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use gradlens::backend::Backend;
 use gradlens::engine::{Engine, EngineSpec, LossReduction, Totals};
+use gradlens::model::op::Site;
 use gradlens::model::{Config, Spec, Tensor, describe};
 use gradlens::source::{Pass, PassSpec, Passes, TextSpec, Texts, Tokens};
-use gradlens::stats::{LayerMoments, MomentSink};
+use gradlens::stats::{LayerMoments, MomentSink, SiteMoments};
 use gradlens::weights::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -88,13 +89,20 @@ pub fn load(
     Golden { spec, tensors, passes: passes.map(Result::unwrap).collect() }
 }
 
-/// All passes on one backend, whose sums go on from pass to pass.
+/// All passes on one backend, whose sums go on from pass to pass: of `mlp`, by layer.
 pub fn run_on<B: Backend>(
     backend: &B,
     golden: &Golden,
     spec: EngineSpec,
 ) -> (BTreeMap<usize, LayerMoments>, Totals) {
-    let mut sink = MomentSink::new(&spec.layers, golden.spec.hidden_size);
+    let (sites, totals) = run_sites(backend, golden, spec);
+    let mlp = sites.into_iter().filter(|((_, site), _)| *site == Site::Mlp);
+    (mlp.map(|((layer, _), moments)| (layer, moments)).collect(), totals)
+}
+
+/// The same of every wanted site.
+pub fn run_sites<B: Backend>(backend: &B, golden: &Golden, spec: EngineSpec) -> (SiteMoments, Totals) {
+    let mut sink = MomentSink::new(&spec.widths(&golden.spec));
     let mut engine = Engine::new(backend, &golden.spec, &golden.tensors, spec);
     let mut totals = Totals::default();
     for pass in &golden.passes {
@@ -111,6 +119,7 @@ pub fn mean(sums: &[f64], count: u64) -> Vec<f64> {
 pub fn everything(golden: &Golden) -> EngineSpec {
     EngineSpec {
         layers: (0..golden.spec.blocks.len()).collect(),
+        sites: vec![Site::Mlp],
         gradients: true,
         loss_reduction: LossReduction::Sample,
         chunk_tokens: 1024,

@@ -29,7 +29,13 @@ fn published_files() {
         head_dim: 64,
         vocab_size: 151_936,
         rms_norm_eps: 1e-6,
+        norm_offset: 0.0,
+        embedding_scale: 1.0,
+        attention_scale: 0.125,
+        attention_softcap: None,
+        logit_softcap: None,
         rope: Rope { theta: 1e6, scaling: RopeScaling::None },
+        local_rope: None,
         windows: vec![None; 24],
         qkv_bias: true,
         out_bias: false,
@@ -37,6 +43,7 @@ fn published_files() {
         tie_word_embeddings: true,
         max_position_embeddings: 32_768,
         activation: Activation::Silu,
+        experts: None,
     };
     assert_eq!(config, expected);
 

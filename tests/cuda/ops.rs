@@ -3,7 +3,7 @@
 use gradlens::backend::cpu::Cpu;
 use gradlens::backend::cuda::{Buf, CudaBackend, CudaLower, Format, Tensor};
 use gradlens::backend::{Backend, Chunk};
-use gradlens::model::op::Attention;
+use gradlens::model::op::{Attention, RmsNorm};
 use gradlens::model::{self, Activation, Dtype, Packing};
 
 use super::common::{Random, relative_l2, tensor};
@@ -82,26 +82,30 @@ fn embed() {
     each(|pair| {
         let chunk = chunk(&[3, 1, 5], 7);
         let table = tensor(Dtype::BF16, &[7, 20], &numbers(1, 140));
-        let wanted = pair.cpu.embed(&table, &chunk).unwrap();
+        let wanted = pair.cpu.embed(&table, 1.0, &chunk).unwrap();
         let placed = pair.cuda.place(chunk.clone()).unwrap();
-        pair.near("embed", &pair.cuda.embed(&pair.weight(&table), &placed).unwrap(), &wanted);
+        pair.near("embed", &pair.cuda.embed(&pair.weight(&table), 1.0, &placed).unwrap(), &wanted);
     });
 }
 
 #[test]
 fn norm() {
     each(|pair| {
-        for (rows, width) in [(1, 5), (3, 16), (11, 37), (5, 260)] {
+        // Runs of `run` neighbours, and a weight that is stored less 1.
+        for (rows, width, run, offset) in
+            [(1, 5, 5, 0.0), (3, 16, 16, 1.0), (11, 37, 37, 0.0), (5, 260, 260, 0.0), (7, 64, 16, 1.0)]
+        {
+            let norm = RmsNorm { eps: 1e-3, offset };
             let (x, dy) = (numbers(1, rows * width), numbers(2, rows * width));
-            let weight = tensor(Dtype::F32, &[width], &numbers(3, width));
+            let weight = tensor(Dtype::F32, &[run], &numbers(3, run));
             let (cpu_x, cpu_dy) = (pair.cpu.from_slice(&x, width), pair.cpu.from_slice(&dy, width));
             let (cuda_x, cuda_dy, w) =
                 (pair.upload(&x, width), pair.upload(&dy, width), pair.weight(&weight));
-            let wanted = pair.cpu.norm(&cpu_x, &weight, 1e-3).unwrap();
-            pair.near("norm", &pair.cuda.norm(&cuda_x, &w, 1e-3).unwrap(), &wanted);
-            let wanted = pair.cpu.norm_backward(&cpu_x, &weight, 1e-3, &cpu_dy, None).unwrap();
+            let wanted = pair.cpu.norm(&cpu_x, &weight, norm).unwrap();
+            pair.near("norm", &pair.cuda.norm(&cuda_x, &w, norm).unwrap(), &wanted);
+            let wanted = pair.cpu.norm_backward(&cpu_x, &weight, norm, &cpu_dy, None).unwrap();
             pair.adds("norm backward", width, &wanted, |dx| {
-                pair.cuda.norm_backward(&cuda_x, &w, 1e-3, &cuda_dy, dx).unwrap()
+                pair.cuda.norm_backward(&cuda_x, &w, norm, &cuda_dy, dx).unwrap()
             });
         }
     });
@@ -154,12 +158,15 @@ fn rope() {
 fn attend() {
     each(|pair| {
         for lengths in LENGTHS {
-            for (heads, kv_heads, head_dim, window) in
-                [(4, 2, 16, None), (2, 2, 8, Some(3)), (3, 1, 4, Some(1)), (2, 1, 64, Some(65))]
-            {
+            for (heads, kv_heads, head_dim, window, softcap) in [
+                (4, 2, 16, None, Some(0.9)),
+                (2, 2, 8, Some(3), Some(0.7)),
+                (3, 1, 4, Some(1), None),
+                (2, 1, 64, Some(65), None),
+            ] {
                 let chunk = chunk(lengths, 10);
                 let scale = (head_dim as f64).sqrt().recip();
-                let attention = Attention { heads, kv_heads, head_dim, window, scale };
+                let attention = Attention { heads, kv_heads, head_dim, window, scale, softcap };
                 let widths = [heads, kv_heads, kv_heads].map(|heads| heads * head_dim);
                 let inputs = [0, 1, 2].map(|i| numbers(i as u64, chunk.num_tokens() * widths[i]));
                 let dout = numbers(9, chunk.num_tokens() * widths[0]);
@@ -205,19 +212,20 @@ fn gate() {
         let [g, u, dout] = [1, 2, 3].map(|seed| numbers(seed, rows * width));
         let cpu = [&g, &u, &dout].map(|values| pair.cpu.from_slice(values, width));
         let cuda = [&g, &u, &dout].map(|values| pair.upload(values, width));
-        let wanted = pair.cpu.gate(&cpu[0], &cpu[1], Activation::Silu).unwrap();
-        pair.near("gate", &pair.cuda.gate(&cuda[0], &cuda[1], Activation::Silu).unwrap(), &wanted);
-        let wanted =
-            pair.cpu.gate_backward(&cpu[0], &cpu[1], Activation::Silu, &cpu[2], [None, None]).unwrap();
-        let backward =
-            |so_far| pair.cuda.gate_backward(&cuda[0], &cuda[1], Activation::Silu, &cuda[2], so_far).unwrap();
-        for (index, wanted) in wanted.iter().enumerate() {
-            pair.adds("gate backward", width, wanted, |dx| {
-                let mut so_far = [None, None];
-                so_far[index] = dx;
-                let [dgate, dup] = backward(so_far);
-                if index == 0 { dgate } else { dup }
-            });
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let wanted = pair.cpu.gate(&cpu[0], &cpu[1], activation).unwrap();
+            pair.near("gate", &pair.cuda.gate(&cuda[0], &cuda[1], activation).unwrap(), &wanted);
+            let wanted = pair.cpu.gate_backward(&cpu[0], &cpu[1], activation, &cpu[2], [None, None]).unwrap();
+            let backward =
+                |so_far| pair.cuda.gate_backward(&cuda[0], &cuda[1], activation, &cuda[2], so_far).unwrap();
+            for (index, wanted) in wanted.iter().enumerate() {
+                pair.adds("gate backward", width, wanted, |dx| {
+                    let mut so_far = [None, None];
+                    so_far[index] = dx;
+                    let [dgate, dup] = backward(so_far);
+                    if index == 0 { dgate } else { dup }
+                });
+            }
         }
     });
 }
@@ -241,10 +249,11 @@ fn loss() {
             let width = 16;
             let x = numbers(1, chunk.num_tokens() * width);
             let weight = tensor(Dtype::BF16, &[vocab, width], &numbers(2, vocab * width));
-            let (nats, dx) = pair.cpu.loss(&pair.cpu.from_slice(&x, width), &weight, &chunk, true).unwrap();
+            let (nats, dx) =
+                pair.cpu.loss(&pair.cpu.from_slice(&x, width), &weight, None, &chunk, true).unwrap();
             let placed = pair.cuda.place(chunk.clone()).unwrap();
             let (x, w) = (pair.upload(&x, width), pair.weight(&weight));
-            let (found, found_dx) = pair.cuda.loss(&x, &w, &placed, true).unwrap();
+            let (found, found_dx) = pair.cuda.loss(&x, &w, None, &placed, true).unwrap();
             let found = pair.cuda.nats(found).unwrap();
             assert_eq!(found.len(), nats.len());
             let total: f64 = nats.iter().sum();
@@ -259,7 +268,7 @@ fn loss() {
             for rows in chunk.samples().filter(|rows| !rows.is_empty()) {
                 assert!(host[(rows.end - 1) * width..rows.end * width].iter().all(|value| *value == 0.0));
             }
-            let (same, none) = pair.cuda.loss(&x, &w, &placed, false).unwrap();
+            let (same, none) = pair.cuda.loss(&x, &w, None, &placed, false).unwrap();
             assert!(pair.cuda.nats(same).unwrap() == found && none.is_none());
         }
     });

@@ -74,6 +74,7 @@ pub fn spec(root: &Path, save_consolidated: Option<&Path>) -> OutputSpec {
     let name = FolderName {
         kind: "layer_activations",
         model_name: "org/tiny",
+        site: None,
         num_samples: 5,
         batch_size: 4,
         layers: "0_7",

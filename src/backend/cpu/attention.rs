@@ -105,18 +105,45 @@ impl<'a, T: Element> Task<'a, T> {
 }
 
 impl<T: Element> Cpu<T> {
-    /// P of a block, row-major `[queries, keys]`.
-    fn probabilities(&self, task: &Task<'_, T>, block: &Block, head: usize) -> Buf<T> {
+    /// P of a block, row-major `[queries, keys]`, and where there is a soft-cap and `slopes` are wanted, the derivative
+    /// of capped scores with respect to plain ones.
+    fn probabilities(
+        &self,
+        task: &Task<'_, T>,
+        block: &Block,
+        head: usize,
+        slopes: bool,
+    ) -> (Buf<T>, Option<Buf<T>>) {
         let (queries, keys) = (block.queries.len(), block.keys.len());
         let mut scores = self.alloc(queries, keys);
         let scale = T::of(task.attention.scale);
         let mut out = MatMut::new(&mut scores, queries, keys);
         matmul(&mut out, task.q(block, head), task.k(block).t(), scale, false);
+        let slopes = task.attention.softcap.and_then(|cap| self.soften(&mut scores, cap, slopes));
         self.vectorised(
             #[inline(always)]
             || softmax(&mut scores, block, task.attention.window),
         );
-        scores
+        (scores, slopes)
+    }
+
+    /// s → c·tanh(s/c), and if wanted its derivative 1 − tanh²(s/c).
+    pub(super) fn soften(&self, s: &mut Buf<T>, cap: f64, slopes: bool) -> Option<Buf<T>> {
+        let (cap, inverse) = (T::of(cap), T::of(cap.recip()));
+        let mut slope = slopes.then(|| self.alloc(s.rows, s.width));
+        self.vectorised(
+            #[inline(always)]
+            || match &mut slope {
+                None => s.iter_mut().for_each(|s| *s = cap * (*s * inverse).fast_tanh()),
+                Some(slope) => {
+                    for (s, slope) in s.iter_mut().zip(slope.iter_mut()) {
+                        let t = (*s * inverse).fast_tanh();
+                        (*s, *slope) = (cap * t, T::one() - t * t);
+                    }
+                }
+            },
+        );
+        slope
     }
 
     pub(super) fn attend_forward(&self, qkv: [&Buf<T>; 3], attention: &Attention, chunk: &Chunk) -> Buf<T> {
@@ -128,7 +155,7 @@ impl<T: Element> Cpu<T> {
             for (index, head) in task.heads.clone().enumerate() {
                 let columns = task.columns(index);
                 for block in blocks(task.rows.len(), attention.window) {
-                    let p = self.probabilities(&task, &block, head);
+                    let (p, _) = self.probabilities(&task, &block, head, false);
                     let mut out = out.part(block.queries.clone(), columns.clone());
                     let p = Mat::new(&p, block.queries.len(), block.keys.len());
                     matmul(&mut out, p, task.v(&block), T::one(), false);
@@ -165,7 +192,7 @@ impl<T: Element> Cpu<T> {
                     for block in blocks(task.rows.len(), attention.window) {
                         let (queries, keys) = (block.queries.len(), block.keys.len());
                         let dout = douts.part(task.in_chunk(&block.queries), task.columns(head));
-                        let p = self.probabilities(&task, &block, head);
+                        let (p, slopes) = self.probabilities(&task, &block, head, true);
                         let p_view = Mat::new(&p, queries, keys);
                         let head_columns = 0..attention.head_dim;
                         let mut dv = dv.part(block.keys.clone(), head_columns.clone());
@@ -186,6 +213,11 @@ impl<T: Element> Cpu<T> {
                                     for (ds, &p) in ds.iter_mut().zip(p) {
                                         *ds = p * (*ds - mean);
                                     }
+                                }
+                                if let Some(slopes) = &slopes {
+                                    ds.iter_mut()
+                                        .zip(slopes.iter())
+                                        .for_each(|(ds, &slope)| *ds = *ds * slope);
                                 }
                             },
                         );

@@ -17,11 +17,19 @@ fn activate<T: Element>(activation: Activation, x: T) -> (T, T) {
             let sigmoid = (T::one() + (-x).fast_exp()).recip();
             (x * sigmoid, sigmoid * (T::one() + x * (T::one() - sigmoid)))
         }
+        // x·(1 + tanh u)/2 = x·σ(2u) with 2u = a·(x + b·x³).
+        Activation::GeluTanh => {
+            let (a, b) = (T::of(1.595_769_121_605_730_8), T::of(0.044_715));
+            let square = x * x;
+            let sigmoid = (T::one() + (-(a * x * (T::one() + b * square))).fast_exp()).recip();
+            let inner = a * (T::one() + T::of(3.0) * b * square);
+            (x * sigmoid, sigmoid * (T::one() + x * (T::one() - sigmoid) * inner))
+        }
     }
 }
 
 impl<T: Element> Cpu<T> {
-    pub(super) fn embed_rows(&self, table: &Tensor, ids: &[u32]) -> Buf<T> {
+    pub(super) fn embed_rows(&self, table: &Tensor, scale: f64, ids: &[u32]) -> Buf<T> {
         let width = table.shape[1];
         let row_bytes = width * table.dtype.size_bytes();
         let bytes = table.bytes();
@@ -29,6 +37,9 @@ impl<T: Element> Cpu<T> {
         for (out, &id) in out.chunks_exact_mut(width).zip(ids) {
             let start = id as usize * row_bytes;
             T::widen(table.dtype, &bytes[start..start + row_bytes], out);
+        }
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x = *x * T::of(scale));
         }
         out
     }

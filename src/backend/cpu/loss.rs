@@ -29,10 +29,11 @@ fn block_rows(vocab_size: usize) -> usize {
     (MAX_LOGITS / vocab_size).clamp(1, MAX_ROWS)
 }
 
-/// Elements that [`Cpu::cross_entropy`] allocates for N = `tokens`: logits, gathered rows, partial sums.
-pub(super) fn workspace_elements(vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
+/// Elements that [`Cpu::cross_entropy`] allocates for N = `tokens`: logits (and slopes of the soft-cap), gathered rows,
+/// partial sums.
+pub(super) fn workspace_elements(vocab_size: usize, hidden_size: usize, softcap: bool, tokens: usize) -> u64 {
     let rows = block_rows(vocab_size).min(tokens) as u64;
-    rows * (vocab_size as u64 + (1 + PARTS as u64) * hidden_size as u64)
+    rows * ((1 + u64::from(softcap)) * vocab_size as u64 + (1 + PARTS as u64) * hidden_size as u64)
 }
 
 /// A row with a target: row of the chunk, target id, its sample, and the sample's loss scale.
@@ -48,6 +49,8 @@ struct Tile<T> {
     vocab: Range<usize>,
     /// exp(z − max), `[rows, vocab.len()]`.
     exp: Buf<T>,
+    /// With a soft-cap the derivative of z with respect to x·w, if it is wanted.
+    slope: Option<Buf<T>>,
     /// Largest logit of each row. `[rows]`
     max: Vec<T>,
     /// Σ exp(z − max) of each row. `[rows]`
@@ -59,6 +62,7 @@ impl<T: Element> Cpu<T> {
         &self,
         x: &Buf<T>,
         weight: &Tensor,
+        softcap: Option<f64>,
         chunk: &Chunk,
         want_gradient: bool,
     ) -> (Vec<f64>, Option<Buf<T>>) {
@@ -74,7 +78,7 @@ impl<T: Element> Cpu<T> {
         let mut nats = vec![0.0; chunk.num_samples()];
         let mut dx = want_gradient.then(|| self.zeros(x.rows, x.width));
         for block in targets.chunks(block_rows(weight.shape[0])) {
-            self.cross_entropy_block(x, weight, block, &mut nats, dx.as_mut());
+            self.cross_entropy_block(x, weight, softcap, block, &mut nats, dx.as_mut());
         }
         (nats, dx)
     }
@@ -83,6 +87,7 @@ impl<T: Element> Cpu<T> {
         &self,
         x: &Buf<T>,
         weight: &Tensor,
+        softcap: Option<f64>,
         targets: &[Target],
         nats: &mut [f64],
         dx: Option<&mut Buf<T>>,
@@ -99,7 +104,7 @@ impl<T: Element> Cpu<T> {
         let mut tiles: Vec<Tile<T>> = ranges
             .into_par_iter()
             .with_max_len(1)
-            .map(|vocab| self.exponentials(&left, x.rows, weight, vocab))
+            .map(|vocab| self.exponentials(&left, x.rows, weight, vocab, softcap, dx.is_some()))
             .collect();
 
         let mut log_sums = Vec::with_capacity(targets.len());
@@ -113,6 +118,7 @@ impl<T: Element> Cpu<T> {
             // ⟨x, w_target⟩ again, in one dot product: the tile holds only its exponential.
             T::widen(weight.dtype, row_bytes(weight, target.id..target.id + 1), &mut w);
             let logit = super::norm::dot(&x[row * width..][..width], &w);
+            let logit = softcap.map_or(logit, |cap| T::of(cap) * (logit * T::of(cap.recip())).fast_tanh());
             nats[target.sample] += log_sum - logit.as_f64();
         }
         if let Some(dx) = dx {
@@ -123,12 +129,21 @@ impl<T: Element> Cpu<T> {
         }
     }
 
-    fn exponentials(&self, x: &Left<'_, T>, rows: usize, weight: &Tensor, vocab: Range<usize>) -> Tile<T> {
+    fn exponentials(
+        &self,
+        x: &Left<'_, T>,
+        rows: usize,
+        weight: &Tensor,
+        vocab: Range<usize>,
+        softcap: Option<f64>,
+        slopes: bool,
+    ) -> Tile<T> {
         let columns = vocab.len();
         let mut exp = self.alloc(rows, columns);
         let mut space = self.right_space(weight.dtype, weight.shape[1], columns);
         let right = self.right_of_rows(weight, vocab.clone(), &mut space);
         product(&mut MatMut::new(&mut exp, rows, columns), x, &right, false);
+        let slope = softcap.and_then(|cap| self.soften(&mut exp, cap, slopes));
         let mut max = vec![T::neg_infinity(); rows];
         let mut sum = vec![T::zero(); rows];
         self.vectorised(
@@ -155,10 +170,10 @@ impl<T: Element> Cpu<T> {
                 }
             },
         );
-        Tile { vocab, exp, max, sum }
+        Tile { vocab, exp, slope, max, sum }
     }
 
-    /// Σ over the vocabulary of (p − onehot)·scale·W, `[rows, D]`.
+    /// Σ over the vocabulary of (p − onehot)·scale·W, with a soft-cap times its derivative, `[rows, D]`.
     fn cross_entropy_gradient(
         &self,
         x: &Buf<T>,
@@ -188,6 +203,9 @@ impl<T: Element> Cpu<T> {
                                     let z = &mut dlogits[target.id - tile.vocab.start];
                                     *z = *z - T::of(target.scale);
                                 }
+                            }
+                            if let Some(slope) = &tile.slope {
+                                tile.exp.iter_mut().zip(slope.iter()).for_each(|(z, &slope)| *z = *z * slope);
                             }
                         },
                     );

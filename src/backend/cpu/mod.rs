@@ -16,6 +16,7 @@ mod elementwise;
 mod linear;
 mod loss;
 mod matmul;
+mod moe;
 mod moments;
 mod norm;
 mod product;
@@ -32,11 +33,12 @@ use rayon::prelude::*;
 pub use buf::Buf;
 use buf::Pool;
 pub use element::Element;
+pub use moe::Routes;
 pub use rope::RopeTable;
 
 use super::{Appetite, Backend, Chunk, Lower, Moments, NonFinite, OnTap, Scope};
 use crate::error::Result;
-use crate::model::op::{Attention, Block};
+use crate::model::op::{Attention, Block, RmsNorm};
 use crate::model::{Activation, Packing, Program, Spec, Tensor, Usage};
 
 /// Tokens of a pass where the weights do not fit the memory: each pass reads all of them from the disk.
@@ -144,8 +146,8 @@ impl<T: Element> Default for Cpu<T> {
 impl<T: Element> Lower for Cpu<T> {
     type Fused = Infallible;
 
-    fn lower(&self, spec: &Spec, _: &[Usage]) -> Program<Infallible> {
-        Program::unfused(spec)
+    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Infallible> {
+        Program::unfused(spec, usages)
     }
 
     fn appetite(&self, gradients: bool) -> Appetite {
@@ -170,7 +172,11 @@ impl<T: Element> Lower for Cpu<T> {
         [0, 0]
     }
 
-    fn statistics_bytes(&self, _: &Spec, _: usize, _: bool) -> u64 {
+    fn padding_bytes(&self, _: &Block) -> u64 {
+        0
+    }
+
+    fn statistics_bytes(&self, _: &[usize], _: bool) -> u64 {
         0
     }
 
@@ -178,8 +184,10 @@ impl<T: Element> Lower for Cpu<T> {
         0
     }
 
-    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
-        loss::workspace_elements(vocab_size, hidden_size, tokens) * size_of::<T>() as u64
+    fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64 {
+        let elements =
+            loss::workspace_elements(spec.vocab_size, spec.hidden_size, spec.has_capped_logits(), tokens);
+        elements * size_of::<T>() as u64
     }
 
     fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64 {
@@ -194,6 +202,7 @@ impl<T: Element> Backend for Cpu<T> {
     type Rope = RopeTable<T>;
     type Chunk = Chunk;
     type Moments = Moments;
+    type Routes = Routes;
     type Finite = Result<(), NonFinite>;
     type Nats = Vec<f64>;
     type Mark = Instant;
@@ -227,23 +236,23 @@ impl<T: Element> Backend for Cpu<T> {
         Ok(RopeTable::new(inv_freq, positions))
     }
 
-    fn embed(&self, table: &Tensor, chunk: &Chunk) -> Result<Buf<T>> {
-        Ok(self.embed_rows(table, &chunk.ids))
+    fn embed(&self, table: &Tensor, scale: f64, chunk: &Chunk) -> Result<Buf<T>> {
+        Ok(self.embed_rows(table, scale, &chunk.ids))
     }
 
-    fn norm(&self, x: &Buf<T>, weight: &Tensor, eps: f64) -> Result<Buf<T>> {
-        Ok(self.norm_forward(x, weight, eps))
+    fn norm(&self, x: &Buf<T>, weight: &Tensor, norm: RmsNorm) -> Result<Buf<T>> {
+        Ok(self.norm_forward(x, weight, norm))
     }
 
     fn norm_backward(
         &self,
         x: &Buf<T>,
         weight: &Tensor,
-        eps: f64,
+        norm: RmsNorm,
         dy: &Buf<T>,
         dx: Option<Buf<T>>,
     ) -> Result<Buf<T>> {
-        Ok(self.norm_adjoint(x, weight, eps, dy, dx))
+        Ok(self.norm_adjoint(x, weight, norm, dy, dx))
     }
 
     fn linear(&self, x: &Buf<T>, weight: &Tensor, bias: Option<&Tensor>) -> Result<Buf<T>> {
@@ -299,6 +308,58 @@ impl<T: Element> Backend for Cpu<T> {
         Ok(self.gate_adjoint(gate, up, activation, dout, dgate_dup))
     }
 
+    fn route(&self, logits: &Buf<T>, top_k: usize) -> Result<(Buf<T>, Routes)> {
+        Ok(self.choose(logits, top_k))
+    }
+
+    fn route_backward(
+        &self,
+        scores: &Buf<T>,
+        routes: &Routes,
+        dscores: &Buf<T>,
+        experts: usize,
+        dlogits: Option<Buf<T>>,
+    ) -> Result<Buf<T>> {
+        Ok(self.choose_adjoint(scores, routes, dscores, experts, dlogits))
+    }
+
+    fn dispatch(&self, x: &Buf<T>, routes: &Routes) -> Result<Buf<T>> {
+        Ok(self.gather(x, routes))
+    }
+
+    fn dispatch_backward(&self, dy: &Buf<T>, routes: &Routes, dx: Option<Buf<T>>) -> Result<Buf<T>> {
+        Ok(self.gather_adjoint(dy, routes, dx))
+    }
+
+    fn expert_linear(&self, x: &Buf<T>, weights: &[&Tensor], routes: &Routes) -> Result<Buf<T>> {
+        Ok(self.expert_forward(x, weights, routes))
+    }
+
+    fn expert_linear_backward(
+        &self,
+        weights: &[&Tensor],
+        routes: &Routes,
+        dy: &Buf<T>,
+        dx: Option<Buf<T>>,
+    ) -> Result<Buf<T>> {
+        Ok(self.expert_adjoint(weights, routes, dy, dx))
+    }
+
+    fn combine(&self, x: &Buf<T>, scores: &Buf<T>, routes: &Routes) -> Result<Buf<T>> {
+        Ok(self.combine_rows(x, scores, routes))
+    }
+
+    fn combine_backward(
+        &self,
+        x: &Buf<T>,
+        scores: &Buf<T>,
+        routes: &Routes,
+        dout: &Buf<T>,
+        dx_dscores: [Option<Buf<T>>; 2],
+    ) -> Result<[Buf<T>; 2]> {
+        Ok(self.combine_adjoint(x, scores, routes, dout, dx_dscores))
+    }
+
     fn add(&self, a: &Buf<T>, b: &Buf<T>) -> Result<Buf<T>> {
         Ok(self.sum(a, b))
     }
@@ -317,10 +378,11 @@ impl<T: Element> Backend for Cpu<T> {
         &self,
         x: &Buf<T>,
         weight: &Tensor,
+        softcap: Option<f64>,
         chunk: &Chunk,
         want_gradient: bool,
     ) -> Result<(Vec<f64>, Option<Buf<T>>)> {
-        Ok(self.cross_entropy(x, weight, chunk, want_gradient))
+        Ok(self.cross_entropy(x, weight, softcap, chunk, want_gradient))
     }
 
     fn nats(&self, nats: Vec<f64>) -> Result<Vec<f64>> {

@@ -5,9 +5,10 @@ use rayon::prelude::*;
 use super::element::store;
 use super::{Buf, Cpu, Element};
 use crate::model::Tensor;
+use crate::model::op::RmsNorm;
 
-/// Rows of one task: a few thousand elements, so that scheduling costs nothing.
-const ROWS: usize = 8;
+/// Elements of one task, at least: so that scheduling costs nothing.
+const TASK: usize = 1 << 12;
 
 /// Σ a·b with sixteen running sums, added at the end in a fixed order: the compiler may use any vector
 /// width without changing the result.
@@ -25,16 +26,26 @@ pub(super) fn dot<T: Element>(a: &[T], b: &[T]) -> T {
 }
 
 impl<T: Element> Cpu<T> {
-    pub(super) fn norm_forward(&self, x: &Buf<T>, weight: &Tensor, eps: f64) -> Buf<T> {
-        let width = x.width;
-        let weight = self.widen_vector(weight);
-        let mut out = self.alloc(x.rows, width);
-        out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
+    /// The weight with its offset, and the elements of a task: whole runs.
+    fn norm_weight(&self, weight: &Tensor, norm: RmsNorm) -> (Buf<T>, usize) {
+        let mut weight = self.widen_vector(weight);
+        if norm.offset != 0.0 {
+            weight.iter_mut().for_each(|w| *w += T::of(norm.offset));
+        }
+        let task = TASK.next_multiple_of(weight.len());
+        (weight, task)
+    }
+
+    pub(super) fn norm_forward(&self, x: &Buf<T>, weight: &Tensor, norm: RmsNorm) -> Buf<T> {
+        let (weight, task) = self.norm_weight(weight, norm);
+        let width = weight.len();
+        let mut out = self.alloc(x.rows, x.width);
+        out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| {
             self.vectorised(
                 #[inline(always)]
                 || {
                     for (y, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let r = reciprocal_rms(x, eps);
+                        let r = reciprocal_rms(x, norm.eps);
                         for j in 0..width {
                             y[j] = weight[j] * (x[j] * r);
                         }
@@ -49,23 +60,22 @@ impl<T: Element> Cpu<T> {
         &self,
         x: &Buf<T>,
         weight: &Tensor,
-        eps: f64,
+        norm: RmsNorm,
         dy: &Buf<T>,
         dx: Option<Buf<T>>,
     ) -> Buf<T> {
-        let width = x.width;
-        let weight = self.widen_vector(weight);
+        let (weight, task) = self.norm_weight(weight, norm);
+        let width = weight.len();
         let add = dx.is_some();
-        let mut dx = dx.unwrap_or_else(|| self.alloc(x.rows, width));
-        let rows = ROWS * width;
-        dx.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(dy.par_chunks(rows)).for_each(|((dx, x), dy)| {
+        let mut dx = dx.unwrap_or_else(|| self.alloc(x.rows, x.width));
+        dx.par_chunks_mut(task).zip(x.par_chunks(task)).zip(dy.par_chunks(task)).for_each(|((dx, x), dy)| {
             let mut scaled = vec![T::zero(); width];
             self.vectorised(
                 #[inline(always)]
                 || {
                     let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
                     for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
-                        let r = reciprocal_rms(x, eps);
+                        let r = reciprocal_rms(x, norm.eps);
                         for j in 0..width {
                             scaled[j] = weight[j] * dy[j];
                         }

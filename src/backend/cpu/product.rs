@@ -71,9 +71,15 @@ impl<T: Element> Cpu<T> {
     /// `x` with at least [`MIN_ROWS`] rows, or `None` if it has them or does not need them: on the tile unit a
     /// row's rounding never depends on the others.
     pub(super) fn padded(&self, x: &Buf<T>) -> Option<Buf<T>> {
-        (self.tiles.is_none() && x.rows < MIN_ROWS).then(|| {
+        self.padded_part(x, 0..x.rows)
+    }
+
+    /// The same of some rows of `x`.
+    pub(super) fn padded_part(&self, x: &Buf<T>, rows: Range<usize>) -> Option<Buf<T>> {
+        (self.tiles.is_none() && rows.len() < MIN_ROWS).then(|| {
+            let part = &x[rows.start * x.width..rows.end * x.width];
             let mut padded = self.zeros(MIN_ROWS, x.width);
-            padded[..x.len()].copy_from_slice(x);
+            padded[..part.len()].copy_from_slice(part);
             padded
         })
     }

@@ -18,6 +18,7 @@ impl From<model::Activation> for Activation {
     fn from(activation: model::Activation) -> Self {
         match activation {
             model::Activation::Silu => Self::Silu,
+            model::Activation::GeluTanh => Self::GeluTanh,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Formats in bfloat16: what products read (the outputs of norms, attention and gating, and weights) is bfloat16, the
 //! residual stream, what is added to it and all gradients of it are float32. A tensor in the other format is converted.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -20,18 +21,18 @@ use super::stats::{DeviceMoments, FiniteCheck};
 use super::tensor::typed;
 use super::weights::Room;
 use super::{Buf, Cuda, CudaSpec, Format, Tensor};
-use crate::backend::{Appetite, Backend, Chunk, Lower, Moments, NonFinite, OnTap, Scope};
-use crate::error::Result;
-use crate::model::op::{Attention, Block};
-use crate::model::{self, Activation, Packing, Program, Spec, Usage};
+use crate::backend::{Backend, Chunk, Moments, NonFinite, OnTap, Scope};
+use crate::error::{Error, Result};
+use crate::model::op::{Attention, RmsNorm};
+use crate::model::{self, Activation, Packing};
 
 /// A device that runs models.
 pub struct CudaBackend {
     pub(super) cuda: Cuda,
     pub(super) lower: CudaLower,
     pub(super) staging: Staging,
-    /// The longest table so far: passes ask for much the same.
-    rope: Mutex<Option<Arc<RopeTable>>>,
+    /// The longest table so far of each list of frequencies: passes ask for much the same.
+    ropes: Mutex<Vec<(Vec<f32>, Arc<RopeTable>)>>,
 }
 
 /// Nats of each row, on the device, and which rows are a sample's.
@@ -61,7 +62,7 @@ impl CudaBackend {
     /// The host has no memory to pin.
     pub fn new(cuda: Cuda, lower: CudaLower) -> Result<Self> {
         let staging = Staging::new(&cuda.device.transfer)?;
-        Ok(Self { cuda, lower, staging, rope: Mutex::default() })
+        Ok(Self { cuda, lower, staging, ropes: Mutex::default() })
     }
 
     /// The device.
@@ -99,8 +100,8 @@ impl CudaBackend {
         Ok(dx.into())
     }
 
-    fn norm_spec(eps: f64) -> NormSpec {
-        NormSpec { eps: eps as f32, weight_offset: 0.0 }
+    fn norm_spec(norm: RmsNorm) -> NormSpec {
+        NormSpec { eps: norm.eps as f32, weight_offset: norm.offset as f32 }
     }
 
     fn attend_packed(
@@ -116,44 +117,8 @@ impl CudaBackend {
     }
 }
 
-impl Lower for CudaBackend {
-    type Fused = Fused;
-
-    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Fused> {
-        self.lower.lower(spec, usages)
-    }
-
-    fn appetite(&self, gradients: bool) -> Appetite {
-        self.lower.appetite(gradients)
-    }
-
-    fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
-        self.lower.slot_bytes(block)
-    }
-
-    fn weight_bytes(&self, shapes: &[&[usize]]) -> u64 {
-        self.lower.weight_bytes(shapes)
-    }
-
-    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
-        self.lower.temporary_bytes(block, index)
-    }
-
-    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64 {
-        self.lower.statistics_bytes(spec, layers, gradients)
-    }
-
-    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
-        self.lower.rope_bytes(pairs, positions)
-    }
-
-    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
-        self.lower.loss_workspace_bytes(vocab_size, hidden_size, tokens)
-    }
-
-    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64 {
-        self.lower.product_workspace_bytes(width, tokens)
-    }
+fn not_yet(what: &str) -> Error {
+    Error::new(format!("{what} do not run on CUDA devices yet")).at("--device").hint("--device cpu")
 }
 
 impl Backend for CudaBackend {
@@ -164,6 +129,7 @@ impl Backend for CudaBackend {
     type Chunk = PlacedChunk;
     type Moments = DeviceMoments;
     type Finite = FiniteCheck;
+    type Routes = Infallible;
     type Nats = DeviceNats;
     type Mark = CudaEvent;
 
@@ -195,23 +161,26 @@ impl Backend for CudaBackend {
     }
 
     fn rope_table(&self, inv_freq: &[f32], positions: usize) -> Result<Arc<RopeTable>> {
-        let mut kept = lock(&self.rope);
-        match &*kept {
-            Some(table) if table.positions() >= positions => Ok(Arc::clone(table)),
-            _ => {
-                let table = Arc::new(self.cuda.rope_table(inv_freq, positions)?);
-                *kept = Some(Arc::clone(&table));
-                Ok(table)
-            }
+        let mut kept = lock(&self.ropes);
+        let own = |(known, _): &(Vec<f32>, Arc<RopeTable>)| known == inv_freq;
+        if let Some((_, table)) = kept.iter().find(|kept| own(kept) && kept.1.positions() >= positions) {
+            return Ok(Arc::clone(table));
         }
+        let table = Arc::new(self.cuda.rope_table(inv_freq, positions)?);
+        kept.retain(|kept| !own(kept));
+        kept.push((inv_freq.to_vec(), Arc::clone(&table)));
+        Ok(table)
     }
 
-    fn embed(&self, table: &Tensor, chunk: &PlacedChunk) -> Result<Tensor> {
+    fn embed(&self, table: &Tensor, scale: f64, chunk: &PlacedChunk) -> Result<Tensor> {
+        if scale != 1.0 {
+            return Err(not_yet("scaled embeddings"));
+        }
         Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids)?).into())
     }
 
-    fn norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let (x, spec) = (x.wide(&self.cuda)?, Self::norm_spec(eps));
+    fn norm(&self, x: &Tensor, weight: &Tensor, norm: RmsNorm) -> Result<Tensor> {
+        let (x, spec) = (x.wide(&self.cuda)?, Self::norm_spec(norm));
         Ok(match self.lower.format {
             Format::F32 => self.cuda.norm::<f32>(&x, wide(weight), spec)?.into(),
             Format::Bf16 => self.cuda.norm::<half::bf16>(&x, wide(weight), spec)?.into(),
@@ -222,13 +191,13 @@ impl Backend for CudaBackend {
         &self,
         x: &Tensor,
         weight: &Tensor,
-        eps: f64,
+        norm: RmsNorm,
         dy: &Tensor,
         dx: Option<Tensor>,
     ) -> Result<Tensor> {
         let x = x.wide(&self.cuda)?;
         let dx = dx.map(|dx| dx.wide(&self.cuda)).transpose()?;
-        let (weight, spec) = (wide(weight), Self::norm_spec(eps));
+        let (weight, spec) = (wide(weight), Self::norm_spec(norm));
         Ok(typed!(dy, dy => self.cuda.norm_backward(&x, weight, spec, dy, dx)?).into())
     }
 
@@ -348,6 +317,58 @@ impl Backend for CudaBackend {
         Ok([dgate.into(), dup.into()])
     }
 
+    fn route(&self, _: &Tensor, _: usize) -> Result<(Tensor, Infallible)> {
+        Err(not_yet("mixtures of experts"))
+    }
+
+    fn route_backward(
+        &self,
+        _: &Tensor,
+        routes: &Infallible,
+        _: &Tensor,
+        _: usize,
+        _: Option<Tensor>,
+    ) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn dispatch(&self, _: &Tensor, routes: &Infallible) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn dispatch_backward(&self, _: &Tensor, routes: &Infallible, _: Option<Tensor>) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn expert_linear(&self, _: &Tensor, _: &[&Tensor], routes: &Infallible) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn expert_linear_backward(
+        &self,
+        _: &[&Tensor],
+        routes: &Infallible,
+        _: &Tensor,
+        _: Option<Tensor>,
+    ) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn combine(&self, _: &Tensor, _: &Tensor, routes: &Infallible) -> Result<Tensor> {
+        match *routes {}
+    }
+
+    fn combine_backward(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        routes: &Infallible,
+        _: &Tensor,
+        _: [Option<Tensor>; 2],
+    ) -> Result<[Tensor; 2]> {
+        match *routes {}
+    }
+
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Ok(self.cuda.add(&a.wide(&self.cuda)?, &b.wide(&self.cuda)?)?.into())
     }
@@ -364,9 +385,13 @@ impl Backend for CudaBackend {
         &self,
         x: &Tensor,
         weight: &Tensor,
+        softcap: Option<f64>,
         chunk: &PlacedChunk,
         want_gradient: bool,
     ) -> Result<(DeviceNats, Option<Tensor>)> {
+        if softcap.is_some() {
+            return Err(not_yet("soft-capped logits"));
+        }
         let samples = chunk.as_ref().samples().collect();
         let (nats, dx) = match (self.operand(x)?, weight) {
             (Tensor::Bf16(x), Tensor::Bf16(weight)) => {

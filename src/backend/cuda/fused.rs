@@ -34,7 +34,7 @@ impl Attention {
             head_dim: self.head_dim,
             window: self.window,
             scale: self.scale as f32,
-            softcap: None,
+            softcap: self.softcap.map(|cap| cap as f32),
         }
     }
 }
@@ -80,9 +80,9 @@ impl CudaBackend {
         let matrix = |weight| A::of(scope.weights.get(weight));
         let vector = |weight: Option<_>| weight.map(|weight| wide(scope.weights.get(weight)));
         match *op {
-            Fused::LinearRope { x, weight, bias, heads, pairs, out } => {
+            Fused::LinearRope { x, weight, bias, heads, table, pairs, out } => {
                 let (x, weight, bias) = (A::of(there(slots, x)), matrix(weight), vector(bias));
-                let (table, positions) = (scope.rope, &scope.chunk.positions);
+                let (table, positions) = (&scope.ropes[table], &scope.chunk.positions);
                 let qkv = match pairs {
                     Pairs::Neighbours => cuda.linear_rotated(x, weight, bias, heads, table, positions)?,
                     Pairs::Halves => {
@@ -152,10 +152,10 @@ impl CudaBackend {
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         let before = wide(there(slots, residual.x));
-        let (product, sum) = self.cuda.linear_add(x, weight, bias, before, residual.tap.is_some())?;
+        let (product, sum) = self.cuda.linear_add(x, weight, bias, before, !residual.taps.is_empty())?;
         slots[out.0] = product.map(Into::into);
         slots[residual.sum.0] = Some(sum.into());
-        if let Some(site) = residual.tap {
+        for &site in &residual.taps {
             on_tap(site, there(slots, out))?;
             slots[out.0] = None;
         }
@@ -174,9 +174,9 @@ impl CudaBackend {
         let matrix = |weight| A::of(scope.weights.get(weight));
         // Lowering has seen to it that nothing else reads x: its gradient is written, not added to.
         match *op {
-            Fused::LinearRope { x, weight, heads, pairs, out, .. } => {
+            Fused::LinearRope { x, weight, heads, table, pairs, out, .. } => {
                 let mut dqkv = A::owned(taken(grads, out));
-                let (table, positions) = (scope.rope, &scope.chunk.positions);
+                let (table, positions) = (&scope.ropes[table], &scope.chunk.positions);
                 cuda.rope_in_place(&mut dqkv, heads, pairs, table, positions, Rotation::Backward)?;
                 grads[x.0] = Some(A::tensor(cuda.linear_backward_as(&dqkv, matrix(weight), None)?));
             }
@@ -211,11 +211,11 @@ impl CudaBackend {
         grads: &mut [Option<Tensor>],
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<Buf<A>> {
-        let Some(Residual { x, sum, tap }) = residual else {
+        let Some(Residual { x, sum, taps }) = residual else {
             return Ok(A::owned(taken(grads, out).to(A::FORMAT, &self.cuda)?));
         };
         let dsum = taken(grads, *sum);
-        if let Some(site) = tap {
+        for site in taps.iter().rev() {
             // The derivative of a sum: the product's gradient is the sum's.
             on_tap(*site, &dsum)?;
         }

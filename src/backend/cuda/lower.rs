@@ -22,8 +22,8 @@ pub struct Residual {
     pub x: Slot,
     /// The residual stream after.
     pub sum: Slot,
-    /// The site that the product itself is shown at.
-    pub tap: Option<Site>,
+    /// The sites that the product itself is shown at.
+    pub taps: Vec<Site>,
 }
 
 /// Ops of this backend's own.
@@ -32,7 +32,15 @@ pub struct Residual {
 pub enum Fused {
     /// `out = x Wᵀ + b` with q, k and v in one row, of which the first `heads` heads are rotated. Where their pairs are
     /// neighbours, the rows of W and b are packed so; attention does not see in which order q and k both lie.
-    LinearRope { x: Slot, weight: Weight, bias: Option<Weight>, heads: usize, pairs: Pairs, out: Slot },
+    LinearRope {
+        x: Slot,
+        weight: Weight,
+        bias: Option<Weight>,
+        heads: usize,
+        table: usize,
+        pairs: Pairs,
+        out: Slot,
+    },
     /// Attention of such rows; `lse` `[N, H]`, the logarithm of each softmax's denominator, is for the backward.
     Attend { qkv: Slot, attention: Attention, out: Slot, lse: Slot },
     /// `out = x Wᵀ + b`, `sum = residual + out`; `out` is written where it is tapped.
@@ -66,7 +74,7 @@ impl op::Fused for Fused {
 
     fn outputs(&self) -> Vec<Slot> {
         let product = |out: Slot, residual: Option<&Residual>| -> Vec<Slot> {
-            let shown = residual.is_none_or(|residual| residual.tap.is_some()).then_some(out);
+            let shown = residual.is_none_or(|residual| !residual.taps.is_empty()).then_some(out);
             shown.into_iter().chain(residual.map(|residual| residual.sum)).collect()
         };
         match self {
@@ -99,11 +107,13 @@ impl op::Fused for Fused {
         }
     }
 
-    fn tap(&self) -> Option<Site> {
+    fn taps(&self) -> Vec<Site> {
         match self {
-            Self::LinearRope { .. } | Self::Attend { .. } => None,
-            Self::LinearAdd { residual, .. } => residual.tap,
-            Self::GatedMlp { residual, .. } => residual.as_ref().and_then(|residual| residual.tap),
+            Self::LinearRope { .. } | Self::Attend { .. } => Vec::new(),
+            Self::LinearAdd { residual, .. } => residual.taps.clone(),
+            Self::GatedMlp { residual, .. } => {
+                residual.as_ref().map(|residual| residual.taps.clone()).unwrap_or_default()
+            }
         }
     }
 }
@@ -129,14 +139,15 @@ impl Lower for CudaLower {
     type Fused = Fused;
 
     fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Fused> {
-        let mut program = Program::unfused(spec);
+        let mut program = Program::unfused(spec, usages);
         if !self.fuse {
             return program;
         }
         let mut packed = Vec::new();
         for (block, usage) in program.blocks.iter_mut().zip(usages) {
-            *block =
-                Fuse { block, usage, ops: Vec::new(), packed: &mut packed, first: spec.weights.len() }.run();
+            let boundary = usage.boundary.and_then(|boundary| boundary.index(block));
+            let first = spec.weights.len();
+            *block = Fuse { block, boundary, ops: Vec::new(), packed: &mut packed, first }.run();
         }
         program.weights.extend(packed);
         program
@@ -193,17 +204,23 @@ impl Lower for CudaLower {
         [forward as u64, backward as u64]
     }
 
-    fn statistics_bytes(&self, spec: &Spec, layers: usize, gradients: bool) -> u64 {
+    fn padding_bytes(&self, _: &Block<Fused>) -> u64 {
+        0
+    }
+
+    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64 {
         // Of all tokens and of those at position 0; a pass is read back while the next one runs.
-        let sums = layers * if gradients { 2 } else { 1 } * 2 * 2;
-        spec.hidden_size as u64 * (sums * SUMS_BYTES + PARTIALS_BYTES) as u64
+        let sums = if gradients { 2 } else { 1 } * 2 * 2;
+        let (all, widest) = (widths.iter().sum::<usize>(), widths.iter().max().copied().unwrap_or(0));
+        (all * sums * SUMS_BYTES + widest * PARTIALS_BYTES) as u64
     }
 
     fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
         8 * (pairs * positions) as u64
     }
 
-    fn loss_workspace_bytes(&self, vocab_size: usize, hidden_size: usize, tokens: usize) -> u64 {
+    fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64 {
+        let (vocab_size, hidden_size) = (spec.vocab_size, spec.hidden_size);
         let rows = logit_rows(vocab_size).min(tokens) as u64;
         let strips = vocab_size.div_ceil(STRIP) as u64;
         rows * (self.format.pick(4, 2) * vocab_size as u64 + 8 * strips) + 4 * (tokens * hidden_size) as u64
@@ -217,7 +234,8 @@ impl Lower for CudaLower {
 /// One block being fused.
 struct Fuse<'a> {
     block: &'a Block<Fused>,
-    usage: &'a Usage,
+    /// The op before which a walk may start or end.
+    boundary: Option<usize>,
     ops: Vec<Op<Fused>>,
     /// Weights made of several tensors, of all blocks so far; numbered from `first` on.
     packed: &'a mut Vec<Packed>,
@@ -238,14 +256,13 @@ impl Fuse<'_> {
     /// the end are respected.
     fn window(&self, at: usize, len: usize) -> Option<&[Op<Fused>]> {
         let window = self.block.ops.get(at..at + len)?;
-        let split = self.usage.boundary.is_some_and(|boundary| at < boundary && boundary < at + len);
+        let split = self.boundary.is_some_and(|boundary| at < boundary && boundary < at + len);
         (!split).then_some(window)
     }
 
-    /// How often a slot is read, taps that nobody looks at left out.
+    /// How often a slot is read.
     fn reads(&self, slot: Slot) -> usize {
-        let reads = self.block.ops.iter().filter(|op| self.usage.tapped || !matches!(op, Op::Tap { .. }));
-        reads.flat_map(Op::inputs).filter(|input| *input == slot).count()
+        self.block.ops.iter().flat_map(Op::inputs).filter(|input| *input == slot).count()
     }
 
     fn pack(&mut self, parts: &[Weight], packing: Packing) -> Weight {
@@ -265,11 +282,6 @@ impl Fuse<'_> {
 
     /// Adds what stands at `at` to the list; how many ops that was.
     fn step(&mut self, at: usize, widths: &mut Vec<usize>) -> usize {
-        if let Op::Tap { .. } = self.block.ops[at]
-            && !self.usage.tapped
-        {
-            return 1;
-        }
         let fused =
             self.attention(at, widths).or_else(|| self.gated(at, widths)).or_else(|| self.addition(at));
         fused.unwrap_or_else(|| {
@@ -284,15 +296,17 @@ impl Fuse<'_> {
             Op::Linear { x, weight: wq, bias: bq, out: q },
             Op::Linear { x: xk, weight: wk, bias: bk, out: k },
             Op::Linear { x: xv, weight: wv, bias: bv, out: v },
-            Op::Rope { x: q_in, heads, out: q_out },
-            Op::Rope { x: k_in, heads: kv_heads, out: k_out },
+            Op::Rope { x: q_in, heads, table, out: q_out },
+            Op::Rope { x: k_in, heads: kv_heads, table: k_table, out: k_out },
             Op::Attend { q: q_read, k: k_read, v: v_read, attention, out },
         ] = self.window(at, 6)?
         else {
             return None;
         };
-        let matches =
-            x == xk && x == xv && (q, k) == (q_in, k_in) && (q_out, k_out, v) == (q_read, k_read, v_read);
+        let matches = x == xk
+            && x == xv
+            && (q, k, table) == (q_in, k_in, k_table)
+            && (q_out, k_out, v) == (q_read, k_read, v_read);
         let alone =
             [q, k, v, q_out, k_out].into_iter().all(|slot| self.reads(slot) == 1) && self.reads(x) == 3;
         if !matches || !alone {
@@ -311,7 +325,7 @@ impl Fuse<'_> {
         widths.push(widths[q.0] + widths[k.0] + widths[v.0]);
         let lse = Slot(widths.len());
         widths.push(attention.heads);
-        self.ops.push(Op::Fused(Fused::LinearRope { x, weight, bias, heads, pairs, out: qkv }));
+        self.ops.push(Op::Fused(Fused::LinearRope { x, weight, bias, heads, table, pairs, out: qkv }));
         self.ops.push(Op::Fused(Fused::Attend { qkv, attention, out, lse }));
         Some(6)
     }
@@ -364,17 +378,17 @@ impl Fuse<'_> {
         Some(len)
     }
 
-    /// The tap and the addition behind a product of `len` ops at `at`, and how many ops that makes.
+    /// The taps and the addition behind a product of `len` ops at `at`, and how many ops that makes.
     fn residual(&self, at: usize, len: usize, out: Slot) -> Option<(Residual, usize)> {
-        let (tap, reads, add) = match self.block.ops.get(at + len)? {
-            &Op::Tap { site, x } if x == out => (Some(site), 2, at + len + 1),
-            _ => (None, 1, at + len),
+        let tapped = |op: &Op<Fused>| match *op {
+            Op::Tap { site, x } if x == out => Some(site),
+            _ => None,
         };
+        let taps: Vec<Site> = self.block.ops[at + len..].iter().map_while(tapped).collect();
+        let add = at + len + taps.len();
         let &Op::Add { a, b, out: sum } = self.block.ops.get(add)? else { return None };
         self.window(at, add + 1 - at)?;
-        let tap = tap.filter(|_| self.usage.tapped);
-        let reads = if tap.is_some() { reads } else { 1 };
-        let alone = b == out && a != out && self.reads(out) == reads;
-        alone.then_some((Residual { x: a, sum, tap }, add + 1 - at))
+        let alone = b == out && a != out && self.reads(out) == 1 + taps.len();
+        alone.then_some((Residual { x: a, sum, taps }, add + 1 - at))
     }
 }

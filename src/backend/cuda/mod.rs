@@ -25,6 +25,7 @@ pub mod memory;
 pub mod module;
 pub mod norm;
 pub mod nvrtc;
+mod planning;
 pub mod rope;
 mod rows;
 pub mod sources;

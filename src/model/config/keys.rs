@@ -121,6 +121,11 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// As [`Keys::text`], but null counts as absent.
+    pub fn text_or_null(self, key: &str) -> Result<Option<&'a str>> {
+        if self.has(key) { self.text(key) } else { Ok(None) }
+    }
+
     /// A list of strings; `None` when the key is absent or null.
     pub fn texts(self, key: &str) -> Result<Option<Vec<&'a str>>> {
         let value = match self.map.get(key) {

@@ -1,4 +1,4 @@
-//! Keys that would change the maths and that no architecture of the table supports.
+//! Keys that would change the maths, and that an architecture supports only where its row reads them.
 //!
 //! transformers ignores most of them in the classes we know; a file that sets one was made for other code,
 //! and computing something else in silence would be worse than an error.
@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::keys::{Keys, shown};
 use crate::error::Result;
+use crate::model::arch::Architecture;
 
 /// The value at which a key changes nothing. Null always does nothing.
 #[derive(Clone, Copy)]
@@ -147,7 +148,13 @@ const REFUSED: &[(&str, Neutral, &[&str], &str)] = &[
     (
         "layers that differ from one another",
         Neutral::Off,
-        &["per_layer_config", "block_configs", "pruned_heads"],
+        &[
+            "per_layer_config",
+            "block_configs",
+            "pruned_heads",
+            "sliding_window_pattern",
+            "rope_local_base_freq",
+        ],
         OTHER_MODEL,
     ),
     (
@@ -164,10 +171,10 @@ const REFUSED: &[(&str, Neutral, &[&str], &str)] = &[
     ),
 ];
 
-/// Refuses the first key of the list that is set to something.
-pub(super) fn check(keys: Keys<'_>) -> Result<()> {
+/// Refuses the first key of the list that is set to something and that `row` does not read.
+pub(super) fn check(keys: Keys<'_>, row: &Architecture) -> Result<()> {
     for (what, neutral, names, hint) in REFUSED {
-        for name in *names {
+        for name in names.iter().filter(|name| !row.reads(name)) {
             match keys.get(name) {
                 Some(value) if !neutral.accepts(value) => {
                     return Err(keys

@@ -4,9 +4,10 @@
 //! `modeling_rope_utils.py`: the base inside the object wins over the one outside it, `rope_type` over
 //! `type`, and for `llama3` an `original_max_position_embeddings` *outside* the object over the one inside.
 
-use super::keys::Keys;
+use super::keys::{Keys, shown};
 use super::{Rope, RopeScaling};
 use crate::error::Result;
+use crate::model::arch::Architecture;
 
 /// Keys of a rope object that any kind may have (the last one without effect on most).
 const COMMON: &[&str] =
@@ -19,15 +20,38 @@ const KINDS: &[(&str, &[&str])] = &[
     ("llama3", &["factor", "low_freq_factor", "high_freq_factor"]),
 ];
 
-/// Reads the rotary embedding of a file; `theta` is its base where the file names none, `max_position` the
-/// original context of a `llama3` scaling that names none.
-pub(super) fn read(file: Keys<'_>, theta: f64, max_position: usize) -> Result<Rope> {
-    let theta = file.positive("rope_theta")?.unwrap_or(theta);
+/// Keys of today's object that hold the rotary embeddings of one kind of layer: those without a window, those with one.
+const OF_LAYERS: [&str; 2] = ["full_attention", "sliding_attention"];
+
+/// Reads the rotary embedding of a file, and that of layers with a window where the architecture has another for those;
+/// `max_position`: the original context of a `llama3` scaling that names none.
+pub(super) fn read(file: Keys<'_>, row: &Architecture, max_position: usize) -> Result<(Rope, Option<Rope>)> {
+    let base = |key: &str, default: f64| Ok(file.positive(key)?.unwrap_or(default));
+    let theta = base("rope_theta", row.defaults.rope_theta)?;
+    let local = row.local_rope.map(|(key, default)| base(key, default)).transpose()?;
+    let plain = |theta| Rope { theta, scaling: RopeScaling::None };
     let mut ropes = Vec::new();
     for key in ["rope_scaling", "rope_parameters"] {
-        if let Some(object) = file.object(key)? {
-            ropes.push(read_object(file, object, theta, max_position)?);
-        }
+        let Some(object) = file.object(key)? else { continue };
+        ropes.push(match local {
+            // One object for each kind of layer.
+            Some(local) if OF_LAYERS.iter().any(|kind| object.has(kind)) => {
+                if let Some((other, value)) =
+                    object.entries().find(|(key, _)| !OF_LAYERS.contains(&key.as_str()))
+                {
+                    return Err(object
+                        .error("config.json mixes rotary embeddings of all layers and of some", other)
+                        .expected("full_attention and sliding_attention, and nothing else")
+                        .found(shown(value)));
+                }
+                let of = |kind, theta| match object.object(kind)? {
+                    Some(rope) => read_object(file, rope, theta, max_position),
+                    None => Ok(plain(theta)),
+                };
+                (of(OF_LAYERS[0], theta)?, Some(of(OF_LAYERS[1], local)?))
+            }
+            _ => (read_object(file, object, theta, max_position)?, local.map(plain)),
+        });
     }
     if let [old, new] = &ropes[..]
         && old != new
@@ -38,7 +62,7 @@ pub(super) fn read(file: Keys<'_>, theta: f64, max_position: usize) -> Result<Ro
             .found(format_args!("{old:?} against {new:?}"))
             .hint("delete the wrong one of rope_scaling and rope_parameters"));
     }
-    Ok(ropes.pop().unwrap_or(Rope { theta, scaling: RopeScaling::None }))
+    Ok(ropes.pop().unwrap_or_else(|| (plain(theta), local.map(plain))))
 }
 
 fn read_object(file: Keys<'_>, rope: Keys<'_>, theta: f64, max_position: usize) -> Result<Rope> {
@@ -70,7 +94,7 @@ fn read_object(file: Keys<'_>, rope: Keys<'_>, theta: f64, max_position: usize) 
                 key,
             )
             .expected("no such key")
-            .found(super::keys::shown(value))
+            .found(shown(value))
             .hint("say in rope_type which scaling is meant, or delete the key if it has no effect"));
     }
     if rope.has("partial_rotary_factor") && rope.positive("partial_rotary_factor")? != Some(1.0) {

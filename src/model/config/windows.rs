@@ -1,10 +1,12 @@
 //! Which layers have a sliding window, and how wide: `sliding_window`, `use_sliding_window`,
 //! `max_window_layers` and `layer_types`, read as the architecture's row says.
 
-use super::MAX_TOKENS;
+use serde_json::Value;
+
 use super::keys::{Keys, shown};
+use super::{MAX_LAYERS, MAX_TOKENS};
 use crate::error::Result;
-use crate::model::arch::Architecture;
+use crate::model::arch::{Architecture, Windowed};
 
 /// The window of every layer. `[L]`
 pub(super) fn read(keys: Keys<'_>, row: &Architecture, num_layers: usize) -> Result<Vec<Option<usize>>> {
@@ -12,7 +14,7 @@ pub(super) fn read(keys: Keys<'_>, row: &Architecture, num_layers: usize) -> Res
         return no_windows(keys, num_layers);
     };
     let mut width = match keys.get("sliding_window") {
-        None => Some(rule.width),
+        None => rule.width,
         Some(_) => keys.count_or_null("sliding_window", MAX_TOKENS)?,
     };
     if let Some(switch) = rule.switch
@@ -23,24 +25,32 @@ pub(super) fn read(keys: Keys<'_>, row: &Architecture, num_layers: usize) -> Res
     let windows: Vec<Option<usize>> = match keys.texts("layer_types")? {
         Some(types) => layer_types(keys, &types, num_layers, width)?,
         None => {
-            let first = match rule.first_layer {
-                // Zero is a layer, so this is no count.
-                Some((key, default)) => match keys.get(key) {
-                    None => default,
-                    Some(value) => value
-                        .as_u64()
-                        .and_then(|n| usize::try_from(n).ok())
-                        .ok_or_else(|| keys.wrong(key, "a layer number from 0", value))?,
-                },
-                None => 0,
+            let has = |layer: usize| -> Result<bool> {
+                Ok(match rule.layers {
+                    Windowed::All => true,
+                    Windowed::From(key, default) => layer >= read_layer(keys, key)?.unwrap_or(default),
+                    Windowed::AllButEvery { key, period } => {
+                        let read = key.map(|key| keys.count(key, MAX_LAYERS)).transpose()?.flatten();
+                        !(layer + 1).is_multiple_of(read.unwrap_or(period))
+                    }
+                })
             };
-            (0..num_layers).map(|layer| width.filter(|_| layer >= first)).collect()
+            let window = |layer| Ok(if has(layer)? { width } else { None });
+            (0..num_layers).map(window).collect::<Result<_>>()?
         }
     };
     if rule.switch.is_none() {
         check_unread_switch(keys, windows.iter().any(Option::is_some))?;
     }
     Ok(windows)
+}
+
+/// A layer's number: zero is one.
+fn read_layer(keys: Keys<'_>, key: &str) -> Result<Option<usize>> {
+    let number = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+    keys.get(key)
+        .map(|value| number(value).ok_or_else(|| keys.wrong(key, "a layer number from 0", value)))
+        .transpose()
 }
 
 /// No layer of the architecture has a window; the file must not ask for one.

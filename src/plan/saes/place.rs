@@ -11,6 +11,7 @@ use crate::cli::SaeArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Kind as RepoKind, Repo, is_id};
 use crate::model::Config;
+use crate::model::op::Site;
 use crate::weights::sae::{self, Found, Sae, SaeOptions};
 
 /// Stands for a layer's number in `--sae`.
@@ -39,7 +40,7 @@ pub(super) struct Asked<'a> {
     /// Layers of `--layers`.
     pub wanted: Option<&'a [usize]>,
     /// `--site`.
-    pub site: Option<&'a str>,
+    pub site: Option<Site>,
     pub options: &'a SaeOptions,
     pub model: &'a Config,
     /// Nothing large is to be brought.
@@ -169,8 +170,8 @@ impl Place {
             return Err(refusal.at(format!("--sae {name}")));
         }
         let shown = |candidate: &Candidate| {
-            let site = candidate.path.rsplit('/').find_map(sites::named).map(|(site, _)| site);
-            site.is_none_or(|site| sites::is_meant(site, asked.site))
+            let place = candidate.path.rsplit('/').find_map(sites::named).map(|(place, _)| place);
+            place.is_none_or(|place| place.is_meant(asked.site, asked.model))
         };
         let (shown, others): (Vec<Candidate>, Vec<Candidate>) = all.into_iter().partition(shown);
         Ok(if shown.is_empty() { others } else { shown })
@@ -255,8 +256,8 @@ fn own_layer(sae: &Sae) -> Option<usize> {
 /// The layer of a candidate whose path does not tell it, if its files do and name a place that is meant.
 fn told(candidate: &Candidate, asked: &Asked<'_>) -> Result<Option<usize>> {
     let sae = sae::open(Path::new(&candidate.path), asked.options)?;
-    let site = sae.about.hook.as_deref().and_then(sites::named).map(|(site, _)| site);
-    let meant = site.is_none_or(|site| sites::is_meant(site, asked.site));
+    let place = sae.about.hook.as_deref().and_then(sites::named).map(|(place, _)| place);
+    let meant = place.is_none_or(|place| place.is_meant(asked.site, asked.model));
     Ok(own_layer(&sae).filter(|_| meant))
 }
 
@@ -329,7 +330,10 @@ fn ambiguous(name: &str, layer: usize, several: &[Candidate]) -> Error {
         .at(format!("--sae {name}"))
         .expected("one SAE for each layer")
         .found(listed(several.iter().map(|candidate| candidate.pattern.as_str())))
-        .hint(format!("choose one kind, as in --sae '{}'", several[0].pattern))
+        .hint(format!(
+            "choose one kind, as in --sae '{}', or one place in the model with --site",
+            several[0].pattern
+        ))
 }
 
 fn untold(name: &str, paths: &[String]) -> Error {

@@ -1,0 +1,51 @@
+//! An open device lowers and counts as [`super::CudaLower`] does without one.
+
+use super::backend::CudaBackend;
+use super::lower::Fused;
+use crate::backend::{Appetite, Lower};
+use crate::model::op::Block;
+use crate::model::{Program, Spec, Usage};
+
+impl Lower for CudaBackend {
+    type Fused = Fused;
+
+    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Fused> {
+        self.lower.lower(spec, usages)
+    }
+
+    fn appetite(&self, gradients: bool) -> Appetite {
+        self.lower.appetite(gradients)
+    }
+
+    fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
+        self.lower.slot_bytes(block)
+    }
+
+    fn weight_bytes(&self, shapes: &[&[usize]]) -> u64 {
+        self.lower.weight_bytes(shapes)
+    }
+
+    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
+        self.lower.temporary_bytes(block, index)
+    }
+
+    fn padding_bytes(&self, block: &Block<Fused>) -> u64 {
+        self.lower.padding_bytes(block)
+    }
+
+    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64 {
+        self.lower.statistics_bytes(widths, gradients)
+    }
+
+    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
+        self.lower.rope_bytes(pairs, positions)
+    }
+
+    fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64 {
+        self.lower.loss_workspace_bytes(spec, tokens)
+    }
+
+    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64 {
+        self.lower.product_workspace_bytes(width, tokens)
+    }
+}
