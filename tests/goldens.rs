@@ -10,10 +10,13 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use common::{relative_l2, tolerance};
-use golden::{Expected, GOLDENS, Golden, everything, folder, load, mean, run_on, settings};
+use golden::{
+    Expected, GOLDENS, Golden, everything, folder, load, mean, run_on, run_sites, settings, site_key, sites,
+};
 use gradlens::backend::cpu::{Cpu, Element};
 use gradlens::engine::{EngineSpec, LossReduction, Totals};
-use gradlens::stats::LayerMoments;
+use gradlens::model::op::Site;
+use gradlens::stats::{Direction, LayerMoments, SiteMoments};
 use serde_json::Value;
 
 fn run<T: Element>(golden: &Golden, spec: EngineSpec) -> (BTreeMap<usize, LayerMoments>, Totals) {
@@ -25,16 +28,10 @@ fn compare(what: &str, found: &[f64], expected: &[f64]) {
     assert!(error <= tolerance::GOLDEN, "{what}: relative L2 {error:e}");
 }
 
-fn check_layers(
-    name: &str,
-    key: &str,
-    layers: &BTreeMap<usize, LayerMoments>,
-    pick: impl Fn(&LayerMoments) -> &gradlens::backend::Moments,
-    expected: &Expected,
-) {
-    for (layer, moments) in layers {
-        let m = pick(moments);
-        let at = |stat: &str| format!("layer_{layer}.{key}.{stat}");
+fn check_sites(name: &str, direction: Direction, key: &str, sites: &SiteMoments, expected: &Expected) {
+    for (&(layer, site), moments) in sites {
+        let m = moments.get(direction).unwrap();
+        let at = |stat: &str| format!("layer_{layer}.{}.{stat}", site_key(site, key));
         for (stat, found) in [
             ("mean", mean(&m.sum, m.count)),
             ("mean_abs", mean(&m.sum_abs, m.count)),
@@ -65,13 +62,16 @@ fn statistics_are_those_of_transformers() {
         let expected = Expected::read(&folder(name).join("expected.safetensors"));
         let golden = load(name, "corpus.jsonl", max_length, 1 << 20, batch_size);
         for reduction in [LossReduction::Sample, LossReduction::Batch, LossReduction::Token] {
-            let spec = EngineSpec { loss_reduction: reduction, ..everything(&golden) };
+            // Goldens hold other sites under one reduction.
+            let sites = if reduction == LossReduction::Sample { sites(&golden) } else { vec![Site::Mlp] };
+            let spec = EngineSpec { loss_reduction: reduction, sites, ..everything(&golden) };
             // The fastest kernels of this machine, and those that every machine has.
             for cpu in [Cpu::<f32>::new(), Cpu::with_multiply_adds()] {
-                let (layers, totals) = run_on(&cpu, &golden, spec.clone());
+                let (sites, totals) = run_sites(&cpu, &golden, spec.clone());
+                assert_eq!(sites.len(), spec.layers.len() * spec.sites.len());
                 let key = format!("gradients_{}", reduction.name());
-                check_layers(name, &key, &layers, |m| m.gradients.as_ref().unwrap(), &expected);
-                check_layers(name, "values", &layers, |m| m.values.as_ref().unwrap(), &expected);
+                check_sites(name, Direction::Gradients, &key, &sites, &expected);
+                check_sites(name, Direction::Values, "values", &sites, &expected);
                 let loss = expected.get("loss_nats");
                 assert!((totals.loss_nats.unwrap() / loss[0] - 1.0).abs() < 1e-5, "{name} loss");
                 assert_eq!(totals.targets as f64, loss[1], "{name} targets");
@@ -106,7 +106,7 @@ fn batch_reduction_is_the_scripts_algorithm() {
 /// The same bytes for any pass size, chunk size, number of threads, and kept or recomputed activations.
 #[test]
 fn results_do_not_depend_on_how_the_work_is_cut() {
-    for name in ["qwen2", "mistral"] {
+    for name in ["qwen2", "mistral", "mixtral", "gemma2"] {
         let (max_length, batch_size) = settings(name);
         let golden = load(name, "corpus.jsonl", max_length, 1 << 20, batch_size);
         for reduction in [LossReduction::Sample, LossReduction::Batch] {
@@ -133,25 +133,44 @@ fn results_do_not_depend_on_how_the_work_is_cut() {
     }
 }
 
-/// Fewer layers, or values alone, give the bytes of the full run.
+/// Fewer layers or sites, or values alone, give the bytes of the full run.
 #[test]
 fn parts_of_a_run_are_parts_of_its_result() {
-    for name in ["qwen2_window", "llama3"] {
+    for name in ["qwen2_window", "llama3", "mixtral", "gemma3"] {
         let (max_length, _) = settings(name);
         let golden = load(name, "corpus.jsonl", max_length, 1 << 20, 1);
-        let (all, _) = run::<f32>(&golden, everything(&golden));
-        for (layers, gradients) in
-            [(vec![1], true), (vec![0, 2], true), (vec![2], true), (vec![0, 1, 2], false), (vec![1], false)]
-        {
-            let (some, totals) =
-                run::<f32>(&golden, EngineSpec { layers: layers.clone(), gradients, ..everything(&golden) });
-            assert_eq!(some.keys().copied().collect::<Vec<_>>(), layers);
-            assert_eq!(totals.loss_nats.is_some(), gradients);
-            for (layer, moments) in &some {
-                assert_eq!(moments.values, all[layer].values);
-                assert_eq!(moments.gradients.is_some(), gradients);
-                if gradients {
-                    assert_eq!(moments.gradients, all[layer].gradients);
+        let everywhere = EngineSpec { sites: sites(&golden), ..everything(&golden) };
+        let cpu = Cpu::<f32>::new();
+        let (all, _) = run_sites(&cpu, &golden, everywhere.clone());
+        let two = vec![Site::AttnOut, Site::ResidMid];
+        for (layers, sites, gradients) in [
+            (vec![1], vec![Site::Mlp], true),
+            (vec![0, 2], two.clone(), true),
+            (vec![2], vec![Site::ResidPre], true),
+            (vec![1, 2], vec![Site::ResidPost], true),
+            (vec![0, 1, 2], everywhere.sites.clone(), false),
+            (vec![1], vec![Site::ResidPre], false),
+            (vec![0, 1], two.clone(), false),
+        ] {
+            // Kept and computed again.
+            for keep_from in [0, golden.spec.blocks.len()] {
+                let spec = EngineSpec {
+                    layers: layers.clone(),
+                    sites: sites.clone(),
+                    gradients,
+                    keep_from,
+                    ..everywhere.clone()
+                };
+                let (some, totals) = run_sites(&cpu, &golden, spec);
+                let places = layers.iter().flat_map(|&layer| sites.iter().map(move |&site| (layer, site)));
+                assert_eq!(some.keys().copied().collect::<Vec<_>>(), places.collect::<Vec<_>>());
+                assert_eq!(totals.loss_nats.is_some(), gradients);
+                for (place, moments) in &some {
+                    assert_eq!(moments.values, all[place].values, "{name} {place:?}");
+                    assert_eq!(moments.gradients.is_some(), gradients);
+                    if gradients {
+                        assert_eq!(moments.gradients, all[place].gradients, "{name} {place:?}");
+                    }
                 }
             }
         }

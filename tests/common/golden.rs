@@ -15,7 +15,20 @@ use gradlens::weights::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-pub const GOLDENS: &[&str] = &["qwen2", "qwen2_window", "llama3", "llama_linear", "mistral", "zephyr", "yi"];
+pub const GOLDENS: &[&str] = &[
+    "qwen2",
+    "qwen2_window",
+    "llama3",
+    "llama_linear",
+    "mistral",
+    "zephyr",
+    "yi",
+    "mixtral",
+    "mixtral_fused",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+];
 
 /// The repository: where the tests were built, or, for tests that are carried to another machine, where this variable says.
 pub fn repository() -> PathBuf {
@@ -116,6 +129,17 @@ pub fn mean(sums: &[f64], count: u64) -> Vec<f64> {
     sums.iter().map(|s| s / count as f64).collect()
 }
 
+/// The sites that a model has.
+pub fn sites(golden: &Golden) -> Vec<Site> {
+    Site::ALL.into_iter().filter(|site| golden.spec.site_width(0, *site).is_some()).collect()
+}
+
+/// What a golden calls the statistics of a site, without its layer.
+pub fn site_key(site: Site, key: &str) -> String {
+    if site == Site::Mlp { key.to_owned() } else { format!("{}.{key}", site.name()) }
+}
+
+/// `mlp` of all layers.
 pub fn everything(golden: &Golden) -> EngineSpec {
     EngineSpec {
         layers: (0..golden.spec.blocks.len()).collect(),

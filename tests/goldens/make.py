@@ -1,7 +1,8 @@
 """Rebuild every golden in this folder: `python tests/goldens/make.py`.
 
 Each golden is a tiny seeded model written as a hub checkpoint folder, and the numbers that Hugging Face
-transformers (eager attention, float64) gives for it. README.md beside this file has the layout.
+transformers (eager attention, float64) gives for it. README.md beside this file has the layout. The models are in
+llamas.py and newer.py, their texts and tokenizers in texts.py, what is watched in sites.py, wrong readings in flips.py.
 
     python tests/goldens/make.py                            everything
     python tests/goldens/make.py --only qwen2 yi            some goldens
@@ -25,395 +26,36 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import llamas
+import newer
+from flips import OnModel
+from sites import SITES, watch_sites
+from texts import (
+    INNER_SPECIAL,
+    LEADING_SPACE,
+    PREPEND_REPLACE,
+    TEXTS,
+    llama3_tokenizer,
+    llama_tokenizer_config,
+    sentencepiece,
+)
+
 HERE = Path(__file__).resolve().parent
+GOLDENS = llamas.GOLDENS | newer.GOLDENS
 BATCH_SIZE = 4
 MOVES = 1e-2  # a flipped config value must move some number by more than this, relative
 CONTROL = 1e-5  # float32 must agree with float64 to this, or a tolerance of 1e-4 in Rust would mean nothing
+MARGIN = 1e-3  # the least of a token's experts must be this much likelier than the first that it does not get
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# ---------------------------------------------------------------------------------------------------- texts
-
-LONG_TOKEN = "<|one_token_that_is_longer_than_fifty_characters_so_it_stays|>"
-
-# Every text is longer than 50 characters after stripping, as the scripts' filter wants, so that the whole program
-# can be run on the corpus too. The one-token text of the models that add a BOS is empty, hence filtered there.
-TEXTS = [
-    "The river rises in the hills of the north and runs for two hundred miles to the sea.",
-    "In 1998 the company sold 12,345 units, 7 % more than the year before; nobody knew why it was so.",
-    "Café naïve résumé — “quoted” and ‘single’… the price was 30 €, they're said, we'll see, I'VE DONE it.",
-    "def main():\n    for i in range(10):\n\t\tprint(i)\n\n\n    return None  # the end   of it  \n",
-    "Emoji 🙂🚀👩‍👩‍👧 and CJK 你好，世界。こんにちは 안녕하세요 and Cyrillic Привет мир and Arabic مرحبا.",
-    "the the the the and and and of of of to to to in in in a a a is is is was was was the the",
-    "Decomposed e\u0301 a\u0300 n\u0303 and ligature ﬁ, zero\u200bwidth, nbsp\u00a0here, tab\there and \r\n a line ending.",
-    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of "
-    "foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of light.",
-    "He said that the hills and the sea were all that there was, and that the rest did not matter at all.",
-]
-LEADING_SPACE = " = The hills of the north = \n\n  They rise from the sea , and the rivers run from them @-@ slowly . \n"
-INNER_SPECIAL = "one of them{eos}the other{bos} and a third one, which is there to make the text longer than fifty."
-
-TRAINING = TEXTS + [
-    "the river and the sea, the hills and the north, the times and the age, that is what it was about",
-    "range return print for in main while there, other, another, their, then, them, these, those",
-    "company unit year before after price season light wisdom belief said matter rest slow slowly rivers run",
-    "1998 1998 1998 12,345 12,345 199 345 2019 2019",  # numbers of several digits: Llama-3 groups three, Qwen2 none
-]
-
-# ----------------------------------------------------------------------------------------------- tokenizers
-
-QWEN2_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_REGEX = QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# ------------------------------------------------------------------------------------------- weights
 
 
-def added(token_id, content, special=True):
-    return {
-        "id": token_id, "content": content, "single_word": False, "lstrip": False,
-        "rstrip": False, "normalized": False, "special": special,
-    }  # fmt: skip
-
-
-def byte_level(regex, vocab_size, specials):
-    """Byte-level BPE as Qwen2 and Llama-3 ship it. The added tokens come after the vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(regex), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    tokenizer.train_from_iterator(TRAINING, trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    out = json.loads(tokenizer.to_str())
-    first = len(out["model"]["vocab"])
-    out["added_tokens"] = [added(first + i, s) for i, s in enumerate(specials)]
-    return out
-
-
-def qwen2_tokenizer():
-    out = byte_level(QWEN2_REGEX, 400, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", LONG_TOKEN])
-    out["normalizer"] = {"type": "NFC"}
-    out["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    out["model"]["merges"] = [" ".join(pair) for pair in out["model"]["merges"]]  # as files of before 2024 have them
-    return out
-
-
-def llama3_tokenizer():
-    out = byte_level(LLAMA3_REGEX, 410, ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
-    out["model"]["ignore_merges"] = True
-    byte_post = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    out["post_processor"] = {
-        "type": "Sequence", "processors": [byte_post, template(out, "<|begin_of_text|>")],
-    }  # fmt: skip
-    return out
-
-
-def template(tokenizer, bos=None, eos=None):
-    ids = dict(tokenizer["model"]["vocab"]) | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
-    special = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (bos, eos) if t}
-
-    def piece(sequence, type_id):
-        out = [{"SpecialToken": {"id": bos, "type_id": type_id}}] if bos else []
-        out.append({"Sequence": {"id": sequence, "type_id": type_id}})
-        return out + ([{"SpecialToken": {"id": eos, "type_id": type_id}}] if eos else [])
-
-    return {
-        "type": "TemplateProcessing", "single": piece("A", 0), "pair": piece("A", 0) + piece("B", 1),
-        "special_tokens": special,
-    }  # fmt: skip
-
-
-PREPEND_REPLACE = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ],
-}
-
-
-def sentencepiece(vocab_size, unk="<unk>", bos="<s>", eos="</s>", extra=(), metaspace=False):
-    """BPE over ▁ words with byte fallback, as converted SentencePiece models ship it."""
-    head = [unk, bos, eos, *extra] + [f"<0x{b:02X}>" for b in range(256)]
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=head, show_progress=False)
-    known = ["".join(c for c in text if c.isascii() or c in "éèà—“”") for text in TRAINING]  # the rest falls to bytes
-    learner.train_from_iterator(known, trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    out = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [added(i, t) for i, t in enumerate([unk, bos, eos, *extra])],
-        "normalizer": copy.deepcopy(PREPEND_REPLACE), "pre_tokenizer": None, "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": unk, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": learnt["vocab"], "merges": [" ".join(pair) for pair in learnt["merges"]],
-        },
-    }  # fmt: skip
-    if metaspace:  # as transformers 5 writes it
-        out["normalizer"] = None
-        out["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-        out["model"]["merges"] = learnt["merges"]
-    out["post_processor"] = template(out, bos)
-    return out
-
-
-def decoder_table(tokenizer):
-    """tokenizer_config.json's added_tokens_decoder, as transformers 4 wrote it."""
-    return {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokenizer["added_tokens"]}
-
-
-def llama_tokenizer_config(tokenizer, **more):
-    unk, bos, eos = (t["content"] for t in tokenizer["added_tokens"][:3])
-    base = {
-        "added_tokens_decoder": decoder_table(tokenizer), "bos_token": bos, "clean_up_tokenization_spaces": False,
-        "eos_token": eos, "model_max_length": 1000000000000000019884624838656, "pad_token": None,
-        "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": unk,
-        "use_default_system_prompt": False,
-    }  # fmt: skip
-    return base | more
-
-
-# -------------------------------------------------------------------------------------------------- goldens
-# Each function gives config.json, tokenizer.json, tokenizer_config.json, and how to store and to perturb it.
-# `flips`: name → the config values to overwrite, or a function that edits the weights to the same effect.
-
-
-def vocab_size(tokenizer):
-    return 1 + max([*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])])
-
-
-def qwen2():
-    tokenizer = qwen2_tokenizer()
-    end = tokenizer["added_tokens"][0]["id"]
-    config = {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": end, "eos_token_id": end,
-        "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 96,
-        "max_position_embeddings": 32768, "max_window_layers": 2, "model_type": "qwen2", "num_attention_heads": 6,
-        "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": None,
-        "rope_theta": 1000000.0, "sliding_window": 5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
-        "vocab_size": vocab_size(tokenizer) + 8,  # the real ones are padded too
-    }  # fmt: skip
-    tokenizer_config = {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": decoder_table(tokenizer),
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": None,
-        "clean_up_tokenization_spaces": False, "eos_token": "<|endoftext|>", "errors": "replace",
-        "model_max_length": 131072, "pad_token": "<|endoftext|>", "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    }  # fmt: skip
-    flips = {
-        "eps": {"rms_norm_eps": 1e-05}, "theta": {"rope_theta": 10000.0}, "window obeyed": {"use_sliding_window": True},
-        "act": {"hidden_act": "gelu"}, "qkv bias": zero("q_proj.bias", "k_proj.bias", "v_proj.bias"),
-        "q bias": zero("q_proj.bias"), "k bias": zero("k_proj.bias"), "v bias": zero("v_proj.bias"),
-        "untied": untie, "gqa": regroup, "rope pairs": interleave,
-    }  # fmt: skip
-    texts = one_token_in_the_middle(TEXTS, LONG_TOKEN) + [INNER_SPECIAL.format(eos="<|im_end|>", bos="<|im_start|>")]
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=1, flips=flips,
-                texts=texts, max_length=64, seed=1)  # fmt: skip
-
-
-def qwen2_window():
-    tokenizer = qwen2_tokenizer()
-    end = tokenizer["added_tokens"][0]["id"]
-    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
-    config = {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": end, "dtype": "float32",
-        "eos_token_id": end, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
-        "intermediate_size": 64, "layer_types": kinds, "max_position_embeddings": 32768, "max_window_layers": 2,
-        "model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2,
-        "pad_token_id": None, "rms_norm_eps": 1e-06,
-        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "sliding_window": 6,
-        "tie_word_embeddings": False, "transformers_version": transformers.__version__, "use_cache": True,
-        "use_sliding_window": True, "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = {
-        "add_prefix_space": False, "backend": "tokenizers", "bos_token": None, "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>", "errors": "replace", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
-        "is_local": False, "model_max_length": 131072, "pad_token": "<|endoftext|>", "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    }  # fmt: skip
-    flips = {
-        "eps": {"rms_norm_eps": 1e-05},
-        "theta": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-        "window + 1": {"sliding_window": 7}, "window - 1": {"sliding_window": 5},
-        "window ignored": {"use_sliding_window": False, "layer_types": None},
-        "one more windowed layer": {"layer_types": ["full_attention"] + ["sliding_attention"] * 3},
-        "one fewer windowed layer": {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
-        "layers swapped": {"layer_types": kinds[::-1]},
-        "qkv bias": zero("q_proj.bias", "k_proj.bias", "v_proj.bias"), "tied": tie, "gqa": regroup,
-    }  # fmt: skip
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=3, flips=flips,
-                texts=one_token_in_the_middle(TEXTS, LONG_TOKEN), max_length=58, seed=2)  # fmt: skip
-
-
-def llama3():
-    tokenizer = llama3_tokenizer()
-    bos, eos = (t["id"] for t in tokenizer["added_tokens"][:2])
-    scaling = {
-        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64,
-        "rope_type": "llama3",
-    }  # fmt: skip
-    config = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": bos,
-        "eos_token_id": [eos, eos + 1], "head_dim": 16, "hidden_act": "silu", "hidden_size": 48,
-        "initializer_range": 0.02, "intermediate_size": 80, "max_position_embeddings": 512, "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 2,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": scaling, "rope_theta": 500000.0,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0",
-        "use_cache": True, "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = {
-        "added_tokens_decoder": decoder_table(tokenizer), "bos_token": "<|begin_of_text|>",
-        "clean_up_tokenization_spaces": True, "eos_token": "<|end_of_text|>",
-        "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 131072,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }  # fmt: skip
-    flips = {
-        "eps": {"rms_norm_eps": 1e-06}, "theta": {"rope_theta": 10000.0}, "no scaling": {"rope_scaling": None},
-        "scale factor": {"rope_scaling": scaling | {"factor": 4.0}},
-        "low factor": {"rope_scaling": scaling | {"low_freq_factor": 2.5}},
-        "high factor": {"rope_scaling": scaling | {"high_freq_factor": 8.0}},
-        "medium band": {"rope_scaling": scaling | {"high_freq_factor": 1.5}},
-        "original length": {"rope_scaling": scaling | {"original_max_position_embeddings": 512}},
-        "linear": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "tied": tie, "gqa": regroup,
-        "rope pairs": interleave,
-    }  # fmt: skip
-    texts = TEXTS + [LEADING_SPACE, INNER_SPECIAL.format(eos="<|end_of_text|>", bos="<|begin_of_text|>"), ""]
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=1, flips=flips,
-                texts=texts, max_length=64, seed=3)  # fmt: skip
-
-
-def llama_linear():
-    tokenizer = sentencepiece(420, metaspace=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "bos_token_id": 1,
-        "dtype": "float16", "eos_token_id": 2, "head_dim": 8, "hidden_act": "silu", "hidden_size": 48,
-        "initializer_range": 0.02, "intermediate_size": 96, "max_position_embeddings": 512, "mlp_bias": True,
-        "model_type": "llama", "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 3,
-        "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": 1e-06,
-        "rope_parameters": {"factor": 4.0, "rope_theta": 10000.0, "rope_type": "linear"},
-        "tie_word_embeddings": False, "transformers_version": transformers.__version__, "use_cache": True,
-        "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = {
-        "backend": "tokenizers", "bos_token": "<s>", "clean_up_tokenization_spaces": False, "eos_token": "</s>",
-        "is_local": False, "model_max_length": 512, "tokenizer_class": "TokenizersBackend", "unk_token": "<unk>",
-    }  # fmt: skip
-    rope = config["rope_parameters"]
-    flips = {
-        "eps": {"rms_norm_eps": 1e-05}, "theta": {"rope_parameters": rope | {"rope_theta": 500000.0}},
-        "no scaling": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-        "scale factor": {"rope_parameters": rope | {"factor": 2.0}},
-        **{f"{n} bias": zero(f"{n}_proj.bias") for n in ("q", "k", "v", "o", "gate", "up", "down")},
-        "tied": tie, "gqa": regroup,
-    }  # fmt: skip
-    texts = TEXTS + [LEADING_SPACE, INNER_SPECIAL.format(eos="</s>", bos="<s>"), ""]
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=1, flips=flips,
-                texts=texts, max_length=70, seed=4)  # fmt: skip
-
-
-def mistral():
-    tokenizer = sentencepiece(425)
-    config = {
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "head_dim": 12,
-        "hidden_act": "silu", "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 96,
-        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 6, "num_hidden_layers": 3,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 8,
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
-        "use_cache": True, "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = llama_tokenizer_config(
-        tokenizer, add_bos_token=True, add_eos_token=False, additional_special_tokens=[], legacy=False,
-        spaces_between_special_tokens=False,
-    )  # fmt: skip
-    flips = {
-        "eps": {"rms_norm_eps": 1e-06}, "theta": {"rope_theta": 1000000.0}, "window + 1": {"sliding_window": 9},
-        "window - 1": {"sliding_window": 7}, "window ignored": {"sliding_window": None}, "tied": tie, "gqa": regroup,
-    }  # fmt: skip
-    texts = TEXTS + [LEADING_SPACE, INNER_SPECIAL.format(eos="</s>", bos="<s>"), ""]
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=2, flips=flips,
-                texts=texts, max_length=80, seed=5)  # fmt: skip
-
-
-def zephyr():
-    tokenizer = sentencepiece(430)
-    tokenizer["truncation"] = {"direction": "Right", "max_length": 19, "strategy": "LongestFirst", "stride": 0}
-    tokenizer["padding"] = {
-        "strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0,
-        "pad_token": "</s>",
-    }  # fmt: skip
-    config = {
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 96, "max_position_embeddings": 32768,
-        "model_type": "mistral", "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2,
-        "pad_token_id": 2, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 9,
-        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.35.0", "use_cache": True,
-        "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = llama_tokenizer_config(
-        tokenizer, add_bos_token=True, add_eos_token=False, legacy=True, pad_token="</s>",
-        additional_special_tokens=["<unk>", "<s>", "</s>"], spaces_between_special_tokens=False,
-    )  # fmt: skip
-    flips = {
-        "eps": {"rms_norm_eps": 1e-06}, "theta": {"rope_theta": 1000000.0}, "window + 1": {"sliding_window": 10},
-        "window - 1": {"sliding_window": 8}, "window ignored": {"sliding_window": None}, "tied": tie, "gqa": regroup,
-    }  # fmt: skip
-    texts = TEXTS + [LEADING_SPACE, ""]
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=1, flips=flips,
-                texts=texts, max_length=72, seed=6)  # fmt: skip
-
-
-def yi():
-    tokenizer = sentencepiece(422, bos="<|startoftext|>", eos="<|endoftext|>", extra=(LONG_TOKEN,))
-    tokenizer["post_processor"] = template(tokenizer)  # no BOS; tokenizers/llama_bos_off has the disagreeing file
-    config = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
-        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
-        "intermediate_size": 64, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 4,
-        "num_hidden_layers": 3, "num_key_value_heads": 1, "pad_token_id": 0, "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5000000.0, "tie_word_embeddings": False,
-        "torch_dtype": "float32", "transformers_version": "4.34.0", "use_cache": True,
-        "vocab_size": vocab_size(tokenizer),
-    }  # fmt: skip
-    tokenizer_config = llama_tokenizer_config(
-        tokenizer, add_bos_token=False, add_eos_token=False, model_max_length=4096, pad_token="<unk>"
-    )
-    flips = {
-        "eps": {"rms_norm_eps": 1e-06}, "theta": {"rope_theta": 10000.0}, "theta of llama 3": {"rope_theta": 500000.0},
-        "tied": tie,
-    }  # fmt: skip
-    return dict(config=config, tokenizer=tokenizer, tokenizer_config=tokenizer_config, shards=1, flips=flips,
-                texts=one_token_in_the_middle(TEXTS, LONG_TOKEN), max_length=77, seed=7)  # fmt: skip
-
-
-GOLDENS = {f.__name__: f for f in (qwen2, qwen2_window, llama3, llama_linear, mistral, zephyr, yi)}
-
-
-def one_token_in_the_middle(texts, token):
-    return [*texts[:2], token, *texts[2:]]
-
-
-# ------------------------------------------------------------------------------------------- weights, flips
-
-
-def random_weights(config, seed):
+def random_weights(config, seed, shape_more=None):
     """Weights large enough that every config value matters: small embeddings (so eps bites in the first norm),
-    sharp attention, norms and biases away from 1 and 0."""
+    sharp attention, norms and biases away from 1 and 0. `shape_more(name, w)` has the last word on each."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in AutoModelForCausalLM.from_config(config).state_dict().items():
@@ -435,6 +77,8 @@ def random_weights(config, seed):
             w = noise * 2.0 / math.sqrt(shape[1])
         else:
             w = noise * 1.2 / math.sqrt(shape[1])
+        if shape_more:
+            w = shape_more(name, w)
         weights[name] = w.to(DTYPES[config_dtype(config)])
     return weights
 
@@ -443,84 +87,32 @@ def config_dtype(config):
     return str(config.dtype).removeprefix("torch.")
 
 
-def zero(*endings):
-    def edit(weights, config):
-        for name in [n for n in weights if n.endswith(endings)]:
-            weights[name] = torch.zeros_like(weights[name])
-
-    return edit
-
-
-def tie(weights, config):
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-
-
-def untie(weights, config):
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(1, 0)
-    config.tie_word_embeddings = False
-
-
-def head_dim(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def regroup(weights, config):
-    """Query head h reads key/value head h mod K where it should read h div (H / K)."""
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
-    order = sorted(range(heads), key=lambda h: (h % kv, h))
-    rows = torch.tensor([h * head_dim(config) + d for h in order for d in range(head_dim(config))])
-    for name in list(weights):
-        if "q_proj" in name:
-            weights[name] = weights[name][rows]
-        elif "o_proj.weight" in name:
-            weights[name] = weights[name][:, rows]
-
-
-def interleave(weights, config):
-    """Rotates neighbours (2d, 2d + 1) where it should rotate (d, d + Hd / 2)."""
-    hd = head_dim(config)
-    order = [2 * d for d in range(hd // 2)] + [2 * d + 1 for d in range(hd // 2)]
-    for name in list(weights):
-        if "q_proj" in name or "k_proj" in name:
-            heads = weights[name].shape[0] // hd
-            weights[name] = weights[name][torch.tensor([h * hd + d for h in range(heads) for d in order])]
-
-
 # ----------------------------------------------------------------------------------------- the expected numbers
 
 
 def build(config_json, weights, dtype, edit=None):
     config = AutoConfig.for_model(**copy.deepcopy(config_json))
     weights = {n: w.to(dtype) for n, w in weights.items()}
-    if edit:
+    if edit and not isinstance(edit, OnModel):
         edit(weights, config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager(config_json)).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     assert not unexpected and missing in ([], tied), (missing, unexpected)
+    if isinstance(edit, OnModel):
+        edit.edit(model)
     return model.eval()
 
 
-def watch(model, ids):
-    """One sample, no padding → ([(mlp output [T, D], gradient of the summed nats [T, D]) per layer], token nats)."""
-    seen = []
+def eager(config_json):
+    """The plain implementations of what transformers has several of."""
+    experts = {"experts_implementation": "eager"} if "num_local_experts" in config_json else {}
+    return {"attn_implementation": "eager"} | experts
 
-    def hook(_module, _inputs, out):
-        out.retain_grad()
-        seen.append(out)
 
-    handles = [layer.mlp.register_forward_hook(hook) for layer in model.model.layers]
-    logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    if logits.dtype == torch.bfloat16:
-        logits = logits.float()  # as transformers does before its loss
-    for handle in handles:
-        handle.remove()
-    nats = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    if len(nats):
-        nats.sum().backward()
-    model.zero_grad(set_to_none=True)
-    pairs = [(x.detach()[0].double(), None if x.grad is None else x.grad[0].double()) for x in seen]
-    return pairs, nats.detach().double()
+def load(folder, dtype):
+    config_json = json.loads((folder / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager(config_json)).eval()
 
 
 def expected_numbers(model, samples):
@@ -528,14 +120,21 @@ def expected_numbers(model, samples):
     layers = model.config.num_hidden_layers
     values = [[] for _ in range(layers)]
     gradients = {r: [[] for _ in range(layers)] for r in ("sample", "batch", "token")}
+    elsewhere = [{} for _ in range(layers)]  # site → (its values, its gradients by reduction `sample`)
     sample_nats = []
     for s, ids in enumerate(samples):
         group = samples[s // BATCH_SIZE * BATCH_SIZE :][:BATCH_SIZE]
         targets_of_batch = sum(max(len(g) - 1, 0) for g in group)
-        seen, nats = watch(model, ids)
+        seen, nats = watch_sites(model, ids)
         sample_nats.append(nats.sum())
-        for i, (x, g) in enumerate(seen):
+        for i, sites in enumerate(seen):
+            x, g = sites.pop("mlp")
             values[i].append(x)
+            for site, (at, its_gradient) in sites.items():
+                both = elsewhere[i].setdefault(site, ([], []))
+                both[0].append(at)
+                if len(ids) >= 2:
+                    both[1].append(its_gradient / (len(ids) - 1))
             if len(ids) >= 2:
                 gradients["token"][i].append(g)
                 gradients["sample"][i].append(g / (len(ids) - 1))
@@ -552,6 +151,12 @@ def expected_numbers(model, samples):
             out[f"layer_{i}.gradients_{reduction}.mean"] = g.mean(0)
             out[f"layer_{i}.gradients_{reduction}.mean_abs"] = g.abs().mean(0)
             out[f"layer_{i}.gradients_{reduction}.max_abs"] = g.abs().amax(0)
+        for site in [site for site in SITES if site in elsewhere[i]]:
+            for key, parts in zip(("values", "gradients_sample"), elsewhere[i][site], strict=True):
+                x = torch.cat(parts)
+                out[f"layer_{i}.{site}.{key}.mean"] = x.mean(0)
+                out[f"layer_{i}.{site}.{key}.mean_abs"] = x.abs().mean(0)
+                out[f"layer_{i}.{site}.{key}.max_abs"] = x.abs().amax(0)
     out["sample_nats"] = torch.stack(sample_nats)
     out["loss_nats"] = torch.tensor([float(out["sample_nats"].sum()), sum(len(s) - 1 for s in samples)]).double()
     return out
@@ -571,12 +176,53 @@ def check_flips(golden, weights, samples, expected):
     assert distance(expected_numbers(build(golden["config"], weights, torch.float64), samples), expected)[0] == 0.0
     moved = {}
     for name, flip in golden["flips"].items():
-        config, edit = (golden["config"], flip) if callable(flip) else (golden["config"] | flip, None)
+        config, edit = (golden["config"] | flip, None) if isinstance(flip, dict) else (golden["config"], flip)
         found = expected_numbers(build(config, weights, torch.float64, edit), samples)
         moved[name] = distance(found, expected)[0]
         print(f"    {name:<26} moves {moved[name]:.3f}")
         assert moved[name] > MOVES, f"{name} moves the golden by {moved[name]:.2e} only"
     return moved
+
+
+# --------------------------------------------------------------------------------------------------- routing
+
+
+def routes(model, samples):
+    """[(probabilities [N, E], experts of each token, sorted [N, k])] per layer."""
+    logits = [[] for _ in model.model.layers]
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _module, _inputs, out, i=i: logits[i].append(out[0]))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        for ids in samples:
+            model(input_ids=ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    k = model.config.num_experts_per_tok
+    out = [torch.cat(rows).float().softmax(-1) for rows in logits]
+    return [(p, p.topk(k).indices.sort().values) for p in out]
+
+
+def check_routing(golden, folder, weights, samples):
+    """Experts unevenly loaded, one of one layer without a token, and no choice so close that float32 may go elsewhere."""
+    exact = routes(load(folder, torch.float64), samples)
+    single = routes(build(golden["config"], weights, torch.float32), samples)
+    half = routes(load(folder, torch.bfloat16), samples)
+    experts, k = golden["config"]["num_local_experts"], golden["config"]["num_experts_per_tok"]
+    loads = [experts_of.flatten().bincount(minlength=experts).tolist() for _, experts_of in exact]
+    ordered = [p.sort(descending=True).values for p, _ in exact]
+    margin = min(float((p[:, k - 1] - p[:, k]).min()) for p in ordered)
+    elsewhere = [int((a != b).any(1).sum()) for (_, a), (_, b) in zip(exact, half, strict=True)]
+    print(f"    tokens of each expert {loads}, least margin {margin:.1e}, other experts in bfloat16 {elsewhere}")
+    layer, expert = golden["moe"]["empty"]
+    assert loads[layer][expert] == 0 and sum(n == 0 for per_layer in loads for n in per_layer) == 1, loads
+    assert all(max(n) > 1.5 * min(m for m in n if m) for n in loads), loads
+    assert margin > MARGIN, margin
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(exact, single, strict=True))
+    return {
+        "tokens_of_experts": loads, "least_margin": float(f"{margin:.2g}"), "tokens_with_others_in_bfloat16": elsewhere,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- how far off bfloat16 is elsewhere
@@ -588,8 +234,7 @@ def make_bfloat16(name):
     expected = safetensors.torch.load_file(folder / "expected.safetensors")
     ids, ends = expected["ids"], expected["cu_seqlens"].tolist()
     samples = [ids[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16).eval()
-    found = expected_numbers(model, samples)
+    found = expected_numbers(load(folder, torch.bfloat16), samples)
     errors = {k: float((v - expected[k]).norm() / expected[k].norm()) for k, v in found.items() if k.startswith("layer_")}
     write_json(folder / "bfloat16.json", {k: float(f"{v:.4g}") for k, v in errors.items()})
     print(f"{name}: bfloat16 against float64: {min(errors.values()):.1e} to {max(errors.values()):.1e}")
@@ -701,10 +346,10 @@ def make_golden(name):
     print(name)
     golden, folder = GOLDENS[name](), HERE / name
     config = AutoConfig.for_model(**copy.deepcopy(golden["config"]))
-    weights = random_weights(config, golden["seed"])
+    weights = random_weights(config, golden["seed"], golden.get("shape"))
     write_tokenizer(folder, golden["tokenizer"], golden["tokenizer_config"])
     write_json(folder / "config.json", golden["config"])
-    write_weights(folder, weights, golden["shards"])
+    write_weights(folder, golden.get("store", dict)(weights), golden["shards"])
     write_jsonl(folder / "corpus.jsonl", golden["texts"])
 
     max_length = golden["max_length"]
@@ -720,7 +365,7 @@ def make_golden(name):
     assert max(max(s) for s in ids) < golden["config"]["vocab_size"]
 
     samples = [torch.tensor(s) for s in ids]
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double().eval()
+    model = load(folder, torch.float64)
     expected = expected_numbers(model, samples)
     single = expected_numbers(build(golden["config"], weights, torch.float32), samples)
     control = distance(single, expected)
@@ -739,12 +384,14 @@ def make_golden(name):
         "gradients_count": sum(n for n in lengths if n > 1), "tokenizer_class_used": type(tokenizer).__name__,
         "float32_against_float64": float(f"{control[0]:.1e}"), "flips_move": {k: round(v, 3) for k, v in moved.items()},
     }  # fmt: skip
+    if "moe" in golden:
+        about["routing"] = check_routing(golden, folder, weights, samples)
     if name == "qwen2":
         about["scripts"] = write_scripts_golden(folder, golden, weights)
     write_json(folder / "expected.json", about)
     size = sum(f.stat().st_size for f in folder.iterdir())
     print(f"    {size / 1024:.0f} KiB")
-    assert size < 310 * 1024
+    assert size < 370 * 1024
 
 
 # ----------------------------------------------------------------------- tokenizer cases: where versions differ
@@ -874,3 +521,4 @@ def main():
 
 if __name__ == "__main__":
     sys.exit(main())
+

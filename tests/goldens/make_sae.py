@@ -31,7 +31,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its sparse decoder runs on a GPU only
-from make import BATCH_SIZE, CONTROL, HERE, MOVES, distance, watch, write_json, write_tensors  # noqa: E402
+from make import BATCH_SIZE, CONTROL, HERE, MOVES, distance, write_json, write_tensors  # noqa: E402
+from sites import watch  # noqa: E402
 
 ROOT = HERE / "sae"
 MODEL = "qwen2"

@@ -173,10 +173,7 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&self, table: &Tensor, scale: f64, chunk: &PlacedChunk) -> Result<Tensor> {
-        if scale != 1.0 {
-            return Err(not_yet("scaled embeddings"));
-        }
-        Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids)?).into())
+        Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids, scale as f32)?).into())
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor, norm: RmsNorm) -> Result<Tensor> {
@@ -389,15 +386,13 @@ impl Backend for CudaBackend {
         chunk: &PlacedChunk,
         want_gradient: bool,
     ) -> Result<(DeviceNats, Option<Tensor>)> {
-        if softcap.is_some() {
-            return Err(not_yet("soft-capped logits"));
-        }
+        let softcap = softcap.map(|cap| cap as f32);
         let samples = chunk.as_ref().samples().collect();
         let (nats, dx) = match (self.operand(x)?, weight) {
             (Tensor::Bf16(x), Tensor::Bf16(weight)) => {
-                self.cross_entropy(&x, weight, chunk, want_gradient)?
+                self.cross_entropy(&x, weight, chunk, softcap, want_gradient)?
             }
-            (x, weight) => self.cross_entropy(wide(&x), wide(weight), chunk, want_gradient)?,
+            (x, weight) => self.cross_entropy(wide(&x), wide(weight), chunk, softcap, want_gradient)?,
         };
         Ok((DeviceNats { nats, samples }, dx.map(Into::into)))
     }
