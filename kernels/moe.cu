@@ -48,6 +48,9 @@ __device__ __forceinline__ u32 order_of(float v) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// Larger for the lower expert, and its own inverse.
+__device__ __forceinline__ int from_last(int expert) { return MAX_EXPERTS - 1 - expert; }
+
 // Writes scores, the experts themselves to row_of, how many of the chunk's tokens take each expert to
 // counts[chunks + 1, E], and −1 to all slots.
 extern "C" __global__ void __launch_bounds__(THREADS) route_choose(
@@ -75,10 +78,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_choose(
     }
     float largest = 0.f;
     for (int round = 0; round < top_k; round++) {
-      u64 best = 0;  // its order, and below that how far its expert is from the last
+      u64 best = 0;  // its order and, where that is equal, the expert's distance from the last
 #pragma unroll
       for (int m = 0; m < PER_LANE; m++) {
-        const u64 one = (u64)order[m] << 32 | (u32)(MAX_EXPERTS - 1 - (m * lanes + lane));
+        const u64 one = (u64)order[m] << 32 | (u32)from_last(m * lanes + lane);
         if (order[m] != 0 && one > best) best = one;
       }
       for (int step = lanes / 2; step > 0; step /= 2) {
@@ -87,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_choose(
       }
       const u32 found = (u32)(best >> 32);
       if (round == 0) largest = __uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found);
-      const int expert = MAX_EXPERTS - 1 - (int)(u32)best;
+      const int expert = from_last((int)(u32)best);
 #pragma unroll
       for (int m = 0; m < PER_LANE; m++)
         if (expert == m * lanes + lane) chosen |= 1u << m, order[m] = 0;
@@ -241,7 +244,7 @@ __device__ __forceinline__ void dispatch(
   if (place.row >= rows) return;
   const int slot = slots[place.row];
   const T* const from = x + (i64)(max(slot, 0) / top_k) * width;
-  const int there = slot < 0 ? 0 : width;  // to be read
+  const int there = slot < 0 ? 0 : width;  // of x, to be read
   T* const to = out + place.row * width;
   for (int start = 4 * place.lane; start < width; start += 4 * AT_ONCE * lanes) {
     Part<TOGETHER, T> part[AT_ONCE];
@@ -326,7 +329,7 @@ __device__ __forceinline__ void combine_backward(
   const int slot = place.row < capacity ? slots[place.row] : -1;
   const i64 token = max(slot, 0) / top_k, at = place.row * width;
   const float score = slot < 0 ? 0.f : scores[slot];
-  const int there = slot < 0 ? 0 : width;                   // to be read
+  const int there = slot < 0 ? 0 : width;  // of both, to be read
   const int written = place.row < capacity ? width : 0;
   float dot = 0.f;
   for (int start = 4 * place.lane; start < written; start += 4 * AT_ONCE * lanes) {

@@ -44,6 +44,8 @@ mod loss;
 mod machine;
 #[path = "cuda/moe.rs"]
 mod moe;
+#[path = "cuda/moe_faults.rs"]
+mod moe_faults;
 #[path = "cuda/moe_products.rs"]
 mod moe_products;
 #[path = "cuda/norm.rs"]
