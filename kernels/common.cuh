@@ -168,6 +168,15 @@ __device__ __forceinline__ TilePlace place_tile(int index, int row_tiles, int co
   return {first + inside % height, inside / height};
 }
 
+// Rows that are sorted by expert, and the experts' weights stacked, the first one's first. `experts` says whose rows
+// are whose, null: one weight for all. For each EXPERT_ROWS rows it holds the expert, or −1 where none of them is
+// anybody's; behind that, at [rows / EXPERT_ROWS], how many rows are in use. Both are multiples of 128, and so is
+// where an expert's rows start: a tile of up to 128 rows is one expert's, and one in use starts with a row of his.
+constexpr int EXPERT_ROWS = 64;
+__device__ __forceinline__ int rows_in_use(const int* __restrict__ experts, int rows) {
+  return experts ? experts[rows / EXPERT_ROWS] : rows;
+}
+
 // One row of two neighbouring accumulator tiles, 16 columns, as the tensor cores leave it: this lane has
 // columns q, q+1 in `left` and 8+q, 8+q+1 in `right`, q = 2(lane%4). Returns four neighbours, from column
 // quad_column() of the 16, so that the warp writes whole 32-byte sectors. All lanes call it.

@@ -16,6 +16,10 @@
 // the float32 sum. Rows are the N tokens. Any N, in, out >= 1; in and out < 2^24; arrays start on 16 bytes, or
 // whole rows further on. There is no gradient of the weight.
 //
+// experts: null, or for forward, gated, backward and gated_backward whose row is whose (common.cuh). The weight is
+// then [E, out, in], and rows are multiples of 128. Rows past those in use, and 64 that are nobody's, may be left as
+// they were.
+//
 // Every sum runs over the depth (forward: in, backward: out) upwards in steps of 16 in one accumulator,
 // whatever the tile and the other rows: the bits of an output depend on its own row alone.
 //
@@ -76,10 +80,11 @@ __device__ void copy_plain(u8* destination, const bf16* __restrict__ source, i64
 }
 
 // Hands a[rows, depth] · B to the epilogue, with B[k, n] = weight[n, k] forward (weight is [columns, depth]) and
-// weight[k, n] backward (weight is [depth, columns]).
+// weight[k, n] backward (weight is [depth, columns]). With experts there are several weights.
 template <class T, bool BACKWARD, bool ALIGNED, class Epilogue>
 __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* __restrict__ weight,
-                                        const Epilogue& epilogue, int rows, int columns, int depth) {
+                                        const Epilogue& epilogue, int rows, int columns, int depth,
+                                        const int* __restrict__ experts = nullptr) {
   constexpr int STEPS = T::DEPTH / 16;                                       // mma steps in a stage
   constexpr int M_TILES = T::WARP_ROWS / 16, N_TILES = T::WARP_COLUMNS / 8;  // mma tiles of a warp
   constexpr int A_PITCH = T::DEPTH * 2, B_PITCH = (BACKWARD ? T::COLUMNS : T::DEPTH) * 2;
@@ -92,9 +97,16 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
   const u32 a_shared = shared_address(shared), b_shared = shared_address(b_part);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_row = warp / T::ACROSS * T::WARP_ROWS, warp_column = warp % T::ACROSS * T::WARP_COLUMNS;
+  rows = rows_in_use(experts, rows);
   const int row_tiles = (rows + T::ROWS - 1) / T::ROWS, column_tiles = (columns + T::COLUMNS - 1) / T::COLUMNS;
+  if (experts && blockIdx.x >= row_tiles * column_tiles) return;
   const TilePlace place = place_tile(blockIdx.x, row_tiles, column_tiles, BAND);
   const int row0 = place.row * T::ROWS, column0 = place.column * T::COLUMNS;
+  if (experts) {
+    const int expert = experts[row0 / EXPERT_ROWS];
+    if (expert < 0) return;
+    weight += (i64)expert * columns * depth;
+  }
   const int stages = (depth + T::DEPTH - 1) / T::DEPTH;  // to go through in all
 
   // Copies. Rows and columns past the end are read from the last one, their results are not stored; what is
@@ -200,38 +212,40 @@ __device__ __forceinline__ void product(const bf16* __restrict__ a, const bf16* 
 // ---- forward ---------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-linear_forward_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
-                   float* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+linear_forward_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                   const int* __restrict__ experts, const float* __restrict__ bias, float* y, int rows,
+                   int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_forward_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                    const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                    const int* __restrict__ experts, const float* __restrict__ bias, bf16* y, int rows,
+                    int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_small_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                         const float* __restrict__ bias, float* y, int rows, int in_features,
-                         int out_features) {
-  product<Small, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                         const int* __restrict__ experts, const float* __restrict__ bias, float* y, int rows,
+                         int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_small_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                          const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                          int out_features) {
-  product<Small, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                          const int* __restrict__ experts, const float* __restrict__ bias, bf16* y, int rows,
+                          int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_unaligned_f32(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                             const float* __restrict__ bias, float* y, int rows, int in_features,
-                             int out_features) {
-  product<Small, false, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                             const int* __restrict__ experts, const float* __restrict__ bias, float* y,
+                             int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_forward_unaligned_bf16(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                              const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                              int out_features) {
-  product<Small, false, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                              const int* __restrict__ experts, const float* __restrict__ bias, bf16* y,
+                              int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 
 // ---- forward, the residual stream added ------------------------------------------------------------
@@ -285,23 +299,25 @@ linear_rotated_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ we
 // ---- forward, gated --------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-linear_gated(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
-             int activation, bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
+linear_gated(const bf16* __restrict__ x, const bf16* __restrict__ weight, const int* __restrict__ experts,
+             const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
+             int in_features, int out_features) {
   product<Large, false, true>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
-                              in_features);
+                              in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-linear_gated_small(const bf16* __restrict__ x, const bf16* __restrict__ weight, const float* __restrict__ bias,
-                   int activation, bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
+linear_gated_small(const bf16* __restrict__ x, const bf16* __restrict__ weight,
+                   const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                   bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
   product<Small, false, true>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
-                              in_features);
+                              in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_gated_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
-                       const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
-                       int in_features, int out_features) {
+                       const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                       bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
   product<Small, false, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
-                               in_features);
+                               in_features, experts);
 }
 
 // ---- forward, exponentials for the loss ------------------------------------------------------------
@@ -334,56 +350,68 @@ linear_exponentials_unaligned(const bf16* __restrict__ x, const bf16* __restrict
 // ---- backward --------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-linear_backward_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                    float* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+linear_backward_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                    const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                    int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-linear_backward_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                     bf16* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+linear_backward_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                     const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                     int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-linear_backward_small_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                          float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+linear_backward_small_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                          const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                          int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-linear_backward_small_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight, const float* addend,
-                           bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+linear_backward_small_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
+                           const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                           int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_backward_unaligned_f32(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
-                              const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+                              const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                              int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                              experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_backward_unaligned_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
-                               const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+                               const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                               int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                              experts);
 }
 
 // ---- backward, through the gate --------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_gated_backward(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
-                      const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
-                      int in_features, int out_features) {
+                      const int* __restrict__ experts, const bf16* __restrict__ gate_up, int activation,
+                      bf16* dgate_up, int rows, int in_features, int out_features) {
   product<Large, true, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
-                             in_features, out_features);
+                             in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_gated_backward_small(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
-                            const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
-                            int in_features, int out_features) {
+                            const int* __restrict__ experts, const bf16* __restrict__ gate_up,
+                            int activation, bf16* dgate_up, int rows, int in_features, int out_features) {
   product<Small, true, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
-                             in_features, out_features);
+                             in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_gated_backward_unaligned(const bf16* __restrict__ dy, const bf16* __restrict__ weight,
-                                const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
-                                int in_features, int out_features) {
+                                const int* __restrict__ experts, const bf16* __restrict__ gate_up,
+                                int activation, bf16* dgate_up, int rows, int in_features, int out_features) {
   product<Small, true, false>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows,
-                              in_features, out_features);
+                              in_features, out_features, experts);
 }

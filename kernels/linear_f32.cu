@@ -5,7 +5,7 @@
 //   backward, gated_backward                     from dy[N, out] · weight[out, in]
 //
 // Outputs of the plain products are also had in bfloat16, rounded once. Rows are the N tokens. Any N, in, out >= 1;
-// in and out < 2^24; arrays start on 16 bytes, or whole rows further on.
+// in and out < 2^24; arrays start on 16 bytes, or whole rows further on. experts: as there.
 //
 // Every sum runs over the depth (forward: in, backward: out) upwards in one accumulator, one fused multiply-add
 // a term, whatever the tile and the other rows: the bits of an output depend on its own row alone. What is past
@@ -84,18 +84,26 @@ template <int WIDTH, int THREADS, bool TRANSPOSED, bool ALIGNED> struct Staged {
 };
 
 // Hands a[rows, depth] · B to the epilogue, with B[k, n] = weight[n, k] forward (weight is [columns, depth]) and
-// weight[k, n] backward (weight is [depth, columns]).
+// weight[k, n] backward (weight is [depth, columns]). With experts there are several weights.
 template <class T, bool BACKWARD, bool ALIGNED, class Epilogue>
 __device__ __forceinline__ void product(const float* __restrict__ a, const float* __restrict__ weight,
-                                        const Epilogue& epilogue, int rows, int columns, int depth) {
+                                        const Epilogue& epilogue, int rows, int columns, int depth,
+                                        const int* __restrict__ experts = nullptr) {
   __shared__ __align__(16) float a_shared[2][DEPTH * T::ROWS], b_shared[2][DEPTH * T::COLUMNS];
   constexpr bool WHOLE = ALIGNED && BACKWARD;  // columns is a multiple of 4
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int lane_row = warp / T::ACROSS * 16 * T::QUADS + lane / 8 * 4;
   const int lane_column = warp % T::ACROSS * 64 + lane % 8 * 4;
+  rows = rows_in_use(experts, rows);
   const int row_tiles = (rows + T::ROWS - 1) / T::ROWS, column_tiles = (columns + T::COLUMNS - 1) / T::COLUMNS;
+  if (experts && blockIdx.x >= row_tiles * column_tiles) return;
   const TilePlace tile = place_tile(blockIdx.x, row_tiles, column_tiles, BAND);
   const int row0 = tile.row * T::ROWS, column0 = tile.column * T::COLUMNS;
+  if (experts) {
+    const int expert = experts[row0 / EXPERT_ROWS];
+    if (expert < 0) return;
+    weight += (i64)expert * columns * depth;
+  }
 
   Staged<T::ROWS, T::THREADS, true, ALIGNED> a_staged(a, row0, rows, depth);
   Staged<T::COLUMNS, T::THREADS, !BACKWARD, ALIGNED> b_staged(weight, column0, columns, depth);
@@ -171,37 +179,39 @@ __device__ __forceinline__ void product(const float* __restrict__ a, const float
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
 linear_forward_f32(const float* __restrict__ x, const float* __restrict__ weight,
-                   const float* __restrict__ bias, float* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                   const int* __restrict__ experts, const float* __restrict__ bias, float* y, int rows,
+                   int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
 linear_forward_bf16(const float* __restrict__ x, const float* __restrict__ weight,
-                    const float* __restrict__ bias, bf16* y, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                    const int* __restrict__ experts, const float* __restrict__ bias, bf16* y, int rows,
+                    int in_features, int out_features) {
+  product<Large, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_forward_small_f32(const float* __restrict__ x, const float* __restrict__ weight,
-                         const float* __restrict__ bias, float* y, int rows, int in_features,
-                         int out_features) {
-  product<Small, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                         const int* __restrict__ experts, const float* __restrict__ bias, float* y, int rows,
+                         int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_forward_small_bf16(const float* __restrict__ x, const float* __restrict__ weight,
-                          const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                          int out_features) {
-  product<Small, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                          const int* __restrict__ experts, const float* __restrict__ bias, bf16* y, int rows,
+                          int in_features, int out_features) {
+  product<Small, false, true>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_forward_unaligned_f32(const float* __restrict__ x, const float* __restrict__ weight,
-                             const float* __restrict__ bias, float* y, int rows, int in_features,
-                             int out_features) {
-  product<Small, false, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                             const int* __restrict__ experts, const float* __restrict__ bias, float* y,
+                             int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_forward_unaligned_bf16(const float* __restrict__ x, const float* __restrict__ weight,
-                              const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                              int out_features) {
-  product<Small, false, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                              const int* __restrict__ experts, const float* __restrict__ bias, bf16* y,
+                              int rows, int in_features, int out_features) {
+  product<Small, false, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 
 // ---- forward, the residual stream added ------------------------------------------------------------
@@ -255,24 +265,25 @@ linear_rotated_unaligned(const float* __restrict__ x, const float* __restrict__ 
 // ---- forward, gated --------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
-linear_gated(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias,
-             int activation, float* gate_up, float* out, int rows, int in_features, int out_features) {
+linear_gated(const float* __restrict__ x, const float* __restrict__ weight, const int* __restrict__ experts,
+             const float* __restrict__ bias, int activation, float* gate_up, float* out, int rows,
+             int in_features, int out_features) {
   product<Large, false, true>(x, weight, Gated<float>{bias, gate_up, out, activation}, rows, out_features,
-                              in_features);
+                              in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_gated_small(const float* __restrict__ x, const float* __restrict__ weight,
-                   const float* __restrict__ bias, int activation, float* gate_up, float* out, int rows,
-                   int in_features, int out_features) {
+                   const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                   float* gate_up, float* out, int rows, int in_features, int out_features) {
   product<Small, false, true>(x, weight, Gated<float>{bias, gate_up, out, activation}, rows, out_features,
-                              in_features);
+                              in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_gated_unaligned(const float* __restrict__ x, const float* __restrict__ weight,
-                       const float* __restrict__ bias, int activation, float* gate_up, float* out, int rows,
-                       int in_features, int out_features) {
+                       const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                       float* gate_up, float* out, int rows, int in_features, int out_features) {
   product<Small, false, false>(x, weight, Gated<float>{bias, gate_up, out, activation}, rows, out_features,
-                               in_features);
+                               in_features, experts);
 }
 
 // ---- forward, exponentials for the loss ------------------------------------------------------------
@@ -305,56 +316,69 @@ linear_exponentials_unaligned(const float* __restrict__ x, const float* __restri
 // ---- backward --------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
-linear_backward_f32(const float* __restrict__ dy, const float* __restrict__ weight, const float* addend,
-                    float* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+linear_backward_f32(const float* __restrict__ dy, const float* __restrict__ weight,
+                    const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                    int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
-linear_backward_bf16(const float* __restrict__ dy, const float* __restrict__ weight, const float* addend,
-                     bf16* dx, int rows, int in_features, int out_features) {
-  product<Large, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+linear_backward_bf16(const float* __restrict__ dy, const float* __restrict__ weight,
+                     const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                     int in_features, int out_features) {
+  product<Large, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
-linear_backward_small_f32(const float* __restrict__ dy, const float* __restrict__ weight, const float* addend,
-                          float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+linear_backward_small_f32(const float* __restrict__ dy, const float* __restrict__ weight,
+                          const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                          int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
-linear_backward_small_bf16(const float* __restrict__ dy, const float* __restrict__ weight, const float* addend,
-                           bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+linear_backward_small_bf16(const float* __restrict__ dy, const float* __restrict__ weight,
+                           const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                           int in_features, int out_features) {
+  product<Small, true, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                             experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_backward_unaligned_f32(const float* __restrict__ dy, const float* __restrict__ weight,
-                              const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+                              const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                              int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features,
+                              experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_backward_unaligned_bf16(const float* __restrict__ dy, const float* __restrict__ weight,
-                               const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Small, true, false>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+                               const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                               int in_features, int out_features) {
+  product<Small, true, false>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features,
+                              experts);
 }
 
 // ---- backward, through the gate --------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
 linear_gated_backward(const float* __restrict__ dy, const float* __restrict__ weight,
-                      const float* __restrict__ gate_up, int activation, float* dgate_up, int rows,
-                      int in_features, int out_features) {
+                      const int* __restrict__ experts, const float* __restrict__ gate_up, int activation,
+                      float* dgate_up, int rows, int in_features, int out_features) {
   product<Large, true, true>(dy, weight, GatedBackward<float>{gate_up, dgate_up, activation}, rows,
-                             in_features, out_features);
+                             in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_gated_backward_small(const float* __restrict__ dy, const float* __restrict__ weight,
-                            const float* __restrict__ gate_up, int activation, float* dgate_up, int rows,
-                            int in_features, int out_features) {
+                            const int* __restrict__ experts, const float* __restrict__ gate_up,
+                            int activation, float* dgate_up, int rows, int in_features, int out_features) {
   product<Small, true, true>(dy, weight, GatedBackward<float>{gate_up, dgate_up, activation}, rows,
-                             in_features, out_features);
+                             in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_gated_backward_unaligned(const float* __restrict__ dy, const float* __restrict__ weight,
-                                const float* __restrict__ gate_up, int activation, float* dgate_up, int rows,
-                                int in_features, int out_features) {
+                                const int* __restrict__ experts, const float* __restrict__ gate_up,
+                                int activation, float* dgate_up, int rows, int in_features,
+                                int out_features) {
   product<Small, true, false>(dy, weight, GatedBackward<float>{gate_up, dgate_up, activation}, rows,
-                              in_features, out_features);
+                              in_features, out_features, experts);
 }

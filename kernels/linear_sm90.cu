@@ -9,6 +9,9 @@
 // depth upwards in steps of 16 in one accumulator, whatever the tile: the bits of an output depend on its own row
 // alone.
 //
+// experts: as there, with weight [E·out, in] for the maps. Backward the depth's last box must not reach into the next
+// expert's weight: out % 64 == 0.
+//
 // Tensor maps (bfloat16, 128-byte swizzle, zeros outside): x, dy: box 128 rows x 64. weight: forward box
 // COLUMNS rows x 64, backward box 64 rows x 64.
 //
@@ -49,11 +52,13 @@ template <int STAGES> struct Ring {
 
 template <class T, bool BACKWARD, class Epilogue>
 __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& weight, const Epilogue& epilogue,
-                                        int rows, int columns, int depth) {
+                                        int rows, int columns, int depth,
+                                        const int* __restrict__ experts = nullptr) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 a_shared = shared_address(shared), b_shared = a_shared + T::STAGES * T::A_BYTES;
   // One barrier of each kind a slot: its stage has arrived, its stage may be overwritten.
   const u32 full = a_shared + T::BARRIERS, empty = full + T::STAGES * 8;
+  rows = rows_in_use(experts, rows);
   const int row_tiles = (rows + ROWS - 1) / ROWS, column_tiles = (columns + T::COLUMNS - 1) / T::COLUMNS;
   const int tiles = row_tiles * column_tiles, stages = (depth + DEPTH - 1) / DEPTH;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -76,6 +81,7 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
       for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const TilePlace place = place_tile(tile, row_tiles, column_tiles, T::BAND);
         const int row0 = place.row * ROWS, column0 = place.column * T::COLUMNS;
+        const int weight_row = experts ? experts[row0 / EXPERT_ROWS] * (BACKWARD ? depth : columns) : 0;
         for (int index = 0; index < stages; index++) {
           const u32 barrier = full + ring.slot * 8, b_slot = b_shared + ring.slot * T::B_BYTES;
           barrier_wait(empty + ring.slot * 8, ring.parity ^ 1);  // the slot's last use is over
@@ -84,9 +90,10 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
           if constexpr (BACKWARD) {
 #pragma unroll
             for (int box = 0; box < T::COLUMNS / 64; box++)
-              copy_box(b_slot + box * 64 * DEPTH * 2, weight, barrier, column0 + box * 64, index * DEPTH);
+              copy_box(b_slot + box * 64 * DEPTH * 2, weight, barrier, column0 + box * 64,
+                       weight_row + index * DEPTH);
           } else {
-            copy_box(b_slot, weight, barrier, index * DEPTH, column0);
+            copy_box(b_slot, weight, barrier, index * DEPTH, weight_row + column0);
           }
           ring.step();
         }
@@ -133,27 +140,27 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& wei
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_f32(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                        const float* __restrict__ bias, float* y, int rows, int in_features,
-                        int out_features) {
-  product<Narrow, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                        const int* __restrict__ experts, const float* __restrict__ bias, float* y, int rows,
+                        int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_bf16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                         const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                         int out_features) {
-  product<Narrow, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                         const int* __restrict__ experts, const float* __restrict__ bias, bf16* y, int rows,
+                         int in_features, int out_features) {
+  product<Narrow, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_wide_f32(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                             const float* __restrict__ bias, float* y, int rows, int in_features,
-                             int out_features) {
-  product<Wide, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features);
+                             const int* __restrict__ experts, const float* __restrict__ bias, float* y,
+                             int rows, int in_features, int out_features) {
+  product<Wide, false>(x, weight, Forward<float>{bias, y}, rows, out_features, in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_forward_sm90_wide_bf16(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                              const float* __restrict__ bias, bf16* y, int rows, int in_features,
-                              int out_features) {
-  product<Wide, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features);
+                              const int* __restrict__ experts, const float* __restrict__ bias, bf16* y,
+                              int rows, int in_features, int out_features) {
+  product<Wide, false>(x, weight, Forward<bf16>{bias, y}, rows, out_features, in_features, experts);
 }
 
 // ---- forward, the residual stream added ------------------------------------------------------------
@@ -194,17 +201,17 @@ linear_rotated_sm90_wide(const __grid_constant__ TensorMap x, const __grid_const
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_gated_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                  const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
-                  int in_features, int out_features) {
+                  const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                  bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
   product<Narrow, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
-                         in_features);
+                         in_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_gated_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
-                       const float* __restrict__ bias, int activation, bf16* gate_up, bf16* out, int rows,
-                       int in_features, int out_features) {
+                       const int* __restrict__ experts, const float* __restrict__ bias, int activation,
+                       bf16* gate_up, bf16* out, int rows, int in_features, int out_features) {
   product<Wide, false>(x, weight, Gated<bf16>{bias, gate_up, out, activation}, rows, out_features,
-                       in_features);
+                       in_features, experts);
 }
 
 // ---- forward, exponentials for the loss ------------------------------------------------------------
@@ -230,40 +237,45 @@ linear_exponentials_sm90_wide(const __grid_constant__ TensorMap x, const __grid_
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_f32(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
-                         const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Narrow, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+                         const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                         int in_features, int out_features) {
+  product<Narrow, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_bf16(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
-                          const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Narrow, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+                          const int* __restrict__ experts, const float* addend, bf16* dx, int rows,
+                          int in_features, int out_features) {
+  product<Narrow, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_backward_sm90_wide_f32(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
-                              const float* addend, float* dx, int rows, int in_features, int out_features) {
-  product<Wide, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features);
+                              const int* __restrict__ experts, const float* addend, float* dx, int rows,
+                              int in_features, int out_features) {
+  product<Wide, true>(dy, weight, Backward<float>{addend, dx}, rows, in_features, out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-linear_backward_sm90_wide_bf16(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
+linear_backward_sm90_wide_bf16(const __grid_constant__ TensorMap dy,
+                               const __grid_constant__ TensorMap weight, const int* __restrict__ experts,
                                const float* addend, bf16* dx, int rows, int in_features, int out_features) {
-  product<Wide, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features);
+  product<Wide, true>(dy, weight, Backward<bf16>{addend, dx}, rows, in_features, out_features, experts);
 }
 
 // ---- backward, through the gate --------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_gated_backward_sm90(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
-                           const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
-                           int in_features, int out_features) {
+                           const int* __restrict__ experts, const bf16* __restrict__ gate_up, int activation,
+                           bf16* dgate_up, int rows, int in_features, int out_features) {
   product<Narrow, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows, in_features,
-                        out_features);
+                        out_features, experts);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-linear_gated_backward_sm90_wide(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap weight,
+linear_gated_backward_sm90_wide(const __grid_constant__ TensorMap dy,
+                                const __grid_constant__ TensorMap weight, const int* __restrict__ experts,
                                 const bf16* __restrict__ gate_up, int activation, bf16* dgate_up, int rows,
                                 int in_features, int out_features) {
   product<Wide, true>(dy, weight, GatedBackward<bf16>{gate_up, dgate_up, activation}, rows, in_features,
-                      out_features);
+                      out_features, experts);
 }
 
 #endif

@@ -44,6 +44,12 @@ mod linear_rotated;
 mod loss;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/moe.rs"]
+mod moe;
+#[path = "cuda/moe_faults.rs"]
+mod moe_faults;
+#[path = "cuda/moe_products.rs"]
+mod moe_products;
 #[path = "cuda/norm.rs"]
 mod norm;
 #[path = "cuda/ops.rs"]

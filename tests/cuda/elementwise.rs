@@ -108,7 +108,7 @@ const SHAPES: [(usize, usize, bool); 7] = [
 ];
 
 /// On the device; as a view with a row of NaN before it.
-fn upload<T: Number>(machine: &Machine, values: &[T], width: usize, view: bool) -> Buf<T> {
+pub fn upload<T: Number>(machine: &Machine, values: &[T], width: usize, view: bool) -> Buf<T> {
     let before = vec![T::of(f32::NAN); if view { width } else { 0 }];
     let all = [before.as_slice(), values].concat();
     let buf = Buf::from_host(&machine.cuda.device.memory, &all, width).unwrap();

@@ -10,7 +10,7 @@ use gradlens::backend::cuda::Sources;
 use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
 use super::{
     activation, atomics, attention_faults, elementwise_faults, linear_exponentials, linear_faults,
-    linear_rotated, loss, norm, rope, stats,
+    linear_rotated, loss, moe_faults, norm, rope, stats,
 };
 
 /// Set in the processes started here: the name of a fault, or `none`.
@@ -44,6 +44,7 @@ fn faults() -> impl Iterator<Item = &'static Fault> {
         .chain(linear_exponentials::FAULTS)
         .chain(rope::FAULTS)
         .chain(loss::FAULTS)
+        .chain(moe_faults::FAULTS)
         .chain(attention_faults::FAULTS)
 }
 
@@ -168,6 +169,11 @@ fn in_loss() {
 }
 
 #[test]
+fn in_mixtures_of_experts() {
+    all_are_noticed("moe.cu");
+}
+
+#[test]
 fn in_rope() {
     all_are_noticed("rope.cu");
 }
@@ -237,6 +243,8 @@ const CLEAN: &[&str] = &[
     "elementwise::columns",
     "rope::rotation",
     "loss::finish",
+    "moe::route",
+    "moe::combine_backward",
     "stats::moments",
     "stats::the_first_sample_that_is_not_finite_is_named",
     "linear::mma_sync_gives_the_same_bits_under_all_schedules",

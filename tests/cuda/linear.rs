@@ -403,6 +403,7 @@ fn another_swizzle_is_noticed() {
             .shared_bytes(shared_bytes)
             .arg("const TensorMap x", TensorMap::of(&x, 128, swizzle)?)
             .arg("const TensorMap weight", TensorMap::of(&weight, 128, swizzle)?)
+            .arg("const int* experts", None::<&Buf<i32>>)
             .arg("const float* bias", &bias)
             .arg("float* y", &y)
             .arg("int rows", rows as i32)

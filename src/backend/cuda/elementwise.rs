@@ -40,7 +40,7 @@ fn aligned_at<T: Element>(buf: &Buf<T>, element: usize) -> bool {
     (buf.address() + element as u64 * size).is_multiple_of(4 * size)
 }
 
-fn aligned<T: Element>(buf: &Buf<T>) -> bool {
+pub(super) fn aligned<T: Element>(buf: &Buf<T>) -> bool {
     aligned_at(buf, 0)
 }
 

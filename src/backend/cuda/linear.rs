@@ -5,6 +5,7 @@
 //! an output's bits do not depend on how many other rows there are.
 
 mod fused;
+mod grouped;
 mod tile;
 
 pub use fused::Exponentials;
@@ -15,6 +16,7 @@ use super::Cuda;
 use super::element::{Element, Format, Real};
 use super::launch::{Launch, TensorMap, int};
 use super::memory::Buf;
+use super::moe::Routing;
 use super::tensor_map::Swizzle;
 use crate::error::Result;
 
@@ -33,7 +35,10 @@ struct Product<'a, A> {
     operation: Operation,
     tile: Tile,
     left: &'a Buf<A>,
+    /// One, or the experts', stacked.
     weight: &'a Buf<A>,
+    /// Which rows are which expert's.
+    routing: Option<&'a Routing>,
     /// Of the result, where the operation leaves a choice.
     output: Format,
 }
@@ -45,7 +50,14 @@ impl<A: Real> Product<'_, A> {
     ///
     /// The operands do not match.
     fn shape(&self) -> Shape {
-        let shape = Shape::of(self.left.rows(), self.weight);
+        let rows = self.left.rows();
+        let shape = match self.routing {
+            None => Shape::of(rows, self.weight),
+            Some(routing) => {
+                assert_eq!(rows, routing.rows(), "rows of the experts");
+                Shape::of_expert(rows, self.weight, routing)
+            }
+        };
         match self.operation.direction() {
             Direction::Forward => {
                 assert_eq!(self.left.width(), shape.in_features, "a linear layer's input and weight");
@@ -111,11 +123,22 @@ impl Cuda {
         weight: &Buf<A>,
         bias: Option<&Buf<f32>>,
     ) -> Result<Buf<Y>> {
-        let product = Product { operation: Operation::Forward, tile, left: x, weight, output: Y::FORMAT };
+        let operation = Operation::Forward;
+        self.product_forward(
+            &Product { operation, tile, left: x, weight, routing: None, output: Y::FORMAT },
+            bias,
+        )
+    }
+
+    fn product_forward<A: Real, Y: Real>(
+        &self,
+        product: &Product<A>,
+        bias: Option<&Buf<f32>>,
+    ) -> Result<Buf<Y>> {
         let Shape { rows, out_features, .. } = product.shape();
         bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
         let y = Buf::<Y>::new(&self.device.memory, rows, out_features)?;
-        self.product(&product, |launch| {
+        self.product(product, |launch| {
             launch.arg("const float* bias", bias).arg(Y::FORMAT.pick("float* y", "bf16* y"), &y)
         })?;
         Ok(y)
@@ -157,7 +180,7 @@ impl Cuda {
         dx: Option<Buf<f32>>,
     ) -> Result<Buf<f32>> {
         let Some(dx) = dx else { return self.linear_backward_as_with(tile, dy, weight, None) };
-        self.product_backward(tile, dy, weight, Some(&dx), &dx)?;
+        self.product_backward(tile, dy, weight, None, Some(&dx), &dx)?;
         Ok(dx)
     }
 
@@ -197,7 +220,7 @@ impl Cuda {
         addend: Option<&Buf<f32>>,
     ) -> Result<Buf<X>> {
         let dx = Buf::new(&self.device.memory, dy.rows(), weight.width())?;
-        self.product_backward(tile, dy, weight, addend, &dx)?;
+        self.product_backward(tile, dy, weight, None, addend, &dx)?;
         Ok(dx)
     }
 
@@ -217,7 +240,7 @@ impl Cuda {
         dx: &mut Buf<f32>,
     ) -> Result<()> {
         assert_size(dx, dy.rows(), weight.width(), "input gradient");
-        self.product_backward(self.tile(Direction::Backward, dy, weight), dy, weight, None, dx)
+        self.product_backward(self.tile(Direction::Backward, dy, weight), dy, weight, None, None, dx)
     }
 
     fn product_backward<A: Real, X: Real>(
@@ -225,10 +248,12 @@ impl Cuda {
         tile: Tile,
         dy: &Buf<A>,
         weight: &Buf<A>,
+        routing: Option<&Routing>,
         addend: Option<&Buf<f32>>,
         dx: &Buf<X>,
     ) -> Result<()> {
-        let product = Product { operation: Operation::Backward, tile, left: dy, weight, output: X::FORMAT };
+        let operation = Operation::Backward;
+        let product = Product { operation, tile, left: dy, weight, routing, output: X::FORMAT };
         let Shape { rows, in_features, .. } = product.shape();
         addend.inspect(|addend| assert_size(addend, rows, in_features, "input gradient so far"));
         self.product(&product, |launch| {
@@ -242,7 +267,7 @@ impl Cuda {
         product: &Product<A>,
         arguments: impl FnOnce(Launch<'_>) -> Launch<'_>,
     ) -> Result<()> {
-        let Product { operation, tile, left, weight, output } = *product;
+        let Product { operation, tile, left, weight, routing, output } = *product;
         let (direction, shape) = (operation.direction(), product.shape());
         let Shape { rows, in_features, out_features } = shape;
         let limits = 1..MAX_FEATURES;
@@ -250,14 +275,14 @@ impl Cuda {
             limits.contains(&in_features) && limits.contains(&out_features),
             "a layer's sizes: {shape:?}"
         );
-        assert!(
-            tile.reads(A::FORMAT, direction, shape),
-            "{tile:?} cannot read the rows of {shape:?} in {}",
-            A::NAME
-        );
+        let reads = match routing {
+            None => tile.reads(A::FORMAT, direction, shape),
+            Some(_) => tile.reads_experts(A::FORMAT, direction, shape),
+        };
+        assert!(reads, "{tile:?} cannot read the rows of {shape:?} in {}", A::NAME);
         let tiles = tile.count(direction, shape);
-        // Kernels number tiles, and rows to the end of the last tile, by int.
-        let _ = (int(tiles), int(rows.next_multiple_of(tile.size().0)));
+        // Kernels number tiles, rows to the end of the last tile, and rows of a weight by int.
+        let _ = (int(tiles), int(rows.next_multiple_of(tile.size().0)), int(weight.rows()));
         if tiles == 0 {
             return Ok(());
         }
@@ -282,6 +307,10 @@ impl Cuda {
             Launch::new(&kernel, tiles, threads)
                 .arg(left_pointer, left)
                 .arg(A::FORMAT.pick("const float* weight", "const bf16* weight"), weight)
+        };
+        let launch = match operation.takes_experts() {
+            true => launch.arg("const int* experts", routing.map(|routing| &routing.experts)),
+            false => launch,
         };
         let launch = arguments(launch.shared_bytes(shared_bytes))
             .arg("int rows", int(rows))

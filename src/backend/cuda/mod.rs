@@ -23,6 +23,7 @@ pub mod loss;
 mod lower;
 pub mod memory;
 pub mod module;
+pub mod moe;
 pub mod norm;
 pub mod nvrtc;
 mod planning;

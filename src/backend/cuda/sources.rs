@@ -38,6 +38,7 @@ impl Sources {
                 kernel_file!("linear_f32.cu"),
                 kernel_file!("linear_sm90.cu"),
                 kernel_file!("loss.cu"),
+                kernel_file!("moe.cu"),
                 kernel_file!("norm.cu"),
                 kernel_file!("rope.cu"),
                 kernel_file!("rows.cuh"),

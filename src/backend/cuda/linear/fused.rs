@@ -62,7 +62,8 @@ impl Cuda {
         addend: &Buf<f32>,
         output: bool,
     ) -> Result<(Option<Buf<f32>>, Buf<f32>)> {
-        let product = Product { operation: Operation::Add, tile, left: x, weight, output: A::FORMAT };
+        let operation = Operation::Add;
+        let product = Product { operation, tile, left: x, weight, routing: None, output: A::FORMAT };
         let Shape { rows, out_features, .. } = product.shape();
         bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
         assert_size(addend, rows, out_features, "addend");
@@ -122,7 +123,8 @@ impl Cuda {
         table: &RopeTable,
         positions: &Buf<i32>,
     ) -> Result<Buf<A>> {
-        let product = Product { operation: Operation::Rotated, tile, left: x, weight, output: A::FORMAT };
+        let operation = Operation::Rotated;
+        let product = Product { operation, tile, left: x, weight, routing: None, output: A::FORMAT };
         let Shape { rows, out_features, .. } = product.shape();
         bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
         assert_size(positions, 1, rows, "positions");
@@ -183,14 +185,25 @@ impl Cuda {
         activation: Activation,
         keep: bool,
     ) -> Result<(Option<Buf<A>>, Buf<A>)> {
-        let product = Product { operation: Operation::Gated, tile, left: x, weight, output: A::FORMAT };
+        let operation = Operation::Gated;
+        let product = Product { operation, tile, left: x, weight, routing: None, output: A::FORMAT };
+        self.product_gated(&product, bias, activation, keep)
+    }
+
+    pub(super) fn product_gated<A: Real>(
+        &self,
+        product: &Product<A>,
+        bias: Option<&Buf<f32>>,
+        activation: Activation,
+        keep: bool,
+    ) -> Result<(Option<Buf<A>>, Buf<A>)> {
         let Shape { rows, out_features, .. } = product.shape();
         assert!(out_features.is_multiple_of(2), "{out_features} gates and values");
         bias.inspect(|bias| assert_size(bias, 1, out_features, "bias"));
         let new = |width| Buf::<A>::new(&self.device.memory, rows, width);
         let gate_up = keep.then(|| new(out_features)).transpose()?;
         let out = new(out_features / 2)?;
-        self.product(&product, |launch| {
+        self.product(product, |launch| {
             launch
                 .arg("const float* bias", bias)
                 .arg("int activation", activation as i32)
@@ -239,12 +252,21 @@ impl Cuda {
         gate_up: &Buf<A>,
         activation: Activation,
     ) -> Result<Buf<A>> {
-        let product =
-            Product { operation: Operation::GatedBackward, tile, left: dy, weight, output: A::FORMAT };
+        let operation = Operation::GatedBackward;
+        let product = Product { operation, tile, left: dy, weight, routing: None, output: A::FORMAT };
+        self.product_gated_backward(&product, gate_up, activation)
+    }
+
+    pub(super) fn product_gated_backward<A: Real>(
+        &self,
+        product: &Product<A>,
+        gate_up: &Buf<A>,
+        activation: Activation,
+    ) -> Result<Buf<A>> {
         let Shape { rows, in_features, .. } = product.shape();
         assert_size(gate_up, rows, 2 * in_features, "gates and values");
         let dgate_up = Buf::<A>::new(&self.device.memory, rows, 2 * in_features)?;
-        self.product(&product, |launch| {
+        self.product(product, |launch| {
             launch
                 .arg(A::FORMAT.pick("const float* gate_up", "const bf16* gate_up"), gate_up)
                 .arg("int activation", activation as i32)
@@ -291,8 +313,8 @@ impl Cuda {
         softcap: Option<f32>,
     ) -> Result<Exponentials<A>> {
         let softcap = softcap_number(softcap);
-        let product =
-            Product { operation: Operation::Exponentials, tile, left: x, weight, output: A::FORMAT };
+        let operation = Operation::Exponentials;
+        let product = Product { operation, tile, left: x, weight, routing: None, output: A::FORMAT };
         let Shape { rows, out_features, .. } = product.shape();
         assert_eq!(targets.rows() * targets.width(), rows, "a target for each row");
         let (memory, strips) = (&self.device.memory, out_features.div_ceil(STRIP));

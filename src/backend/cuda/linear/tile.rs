@@ -34,6 +34,11 @@ impl Operation {
             Self::Backward | Self::GatedBackward => Direction::Backward,
         }
     }
+
+    /// Whether its kernels can take rows of several weights.
+    pub(super) fn takes_experts(self) -> bool {
+        matches!(self, Self::Forward | Self::Gated | Self::Backward | Self::GatedBackward)
+    }
 }
 
 /// Sizes of a layer's product.
@@ -79,13 +84,24 @@ macro_rules! names {
 impl Tile {
     /// The kernel for a product of operands in `format`.
     pub fn choose(info: &DeviceInfo, format: Format, direction: Direction, shape: Shape) -> Self {
-        let tiles: &[Self] = match (format, info.compute_capability) {
-            _ if !Self::Small.reads(format, direction, shape) => &[Self::Unaligned],
-            (Format::Bf16, (9, 0)) => &[Self::Wide, Self::Narrow],
-            _ => &[Self::Large, Self::Small],
-        };
+        Self::fastest(info, direction, shape, |tile| tile.reads(format, direction, shape))
+    }
+
+    /// The same for rows of several weights; `shape`: of the product with one of them, for all rows.
+    pub fn choose_for_experts(info: &DeviceInfo, format: Format, direction: Direction, shape: Shape) -> Self {
+        Self::fastest(info, direction, shape, |tile| tile.reads_experts(format, direction, shape))
+    }
+
+    /// Which family of tiles is taken depends on the widths alone (`reads` looks at no others), which of its tiles on
+    /// the rows too: they give the same bits.
+    fn fastest(info: &DeviceInfo, direction: Direction, shape: Shape, reads: impl Fn(Self) -> bool) -> Self {
+        let by_maps: &[Self] =
+            if info.compute_capability == (9, 0) { &[Self::Wide, Self::Narrow] } else { &[] };
+        let families = [by_maps, &[Self::Large, Self::Small]];
+        let family =
+            families.into_iter().find(|family| family.iter().all(|tile| reads(*tile)) && !family.is_empty());
         let time = |tile: &Self| tile.time(direction, shape, info.multiprocessors);
-        let best = tiles.iter().min_by(|a, b| time(a).total_cmp(&time(b)));
+        let best = family.unwrap_or_default().iter().min_by(|a, b| time(a).total_cmp(&time(b)));
         *best.unwrap_or(&Self::Unaligned)
     }
 
@@ -99,6 +115,13 @@ impl Tile {
             (_, Direction::Forward) => in_features % vector == 0,
             (_, Direction::Backward) => in_features % vector == 0 && out_features % vector == 0,
         }
+    }
+
+    /// Whether the kernel can read the rows of a product with several weights: boxes that the copy engine fetches must
+    /// not reach from one weight into the next.
+    pub fn reads_experts(self, format: Format, direction: Direction, shape: Shape) -> bool {
+        let apart = direction == Direction::Forward || shape.out_features.is_multiple_of(64);
+        self.reads(format, direction, shape) && (!self.has_maps() || apart)
     }
 
     /// Rows and columns of a tile.
@@ -239,6 +262,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn boxes_stay_inside_an_experts_weight() {
+        let of = |direction, in_features, out_features| {
+            let shape = Shape { rows: 4096, in_features, out_features };
+            Tile::choose_for_experts(&device((9, 0), 132), Format::Bf16, direction, shape)
+        };
+        for direction in [Direction::Forward, Direction::Backward] {
+            assert!(of(direction, 4096, 28_672).has_maps());
+            assert_eq!(of(direction, 4096, 28_600).has_maps(), direction == Direction::Forward);
+        }
+        assert_eq!(of(Direction::Backward, 4096, 28_600), Tile::Large);
+        assert_eq!(of(Direction::Backward, 4096, 28_601), Tile::Unaligned);
     }
 
     #[test]
