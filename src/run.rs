@@ -170,8 +170,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
 
 /// Prints the plan and what the dataset holds.
 fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
-    if let Some(note) = plan.open_tokens()?.note() {
-        log.warn(note);
+    if let Some(note) = plan.tokens_note()? {
+        log.warn(&note);
     }
     let to_come = plan.texts_to_download();
     let Some(texts) = plan.open_texts_here()? else {

@@ -333,7 +333,8 @@ pub trait Backend: Lower {
         dx: Option<Self::Buf>,
     ) -> Result<Self::Buf>;
 
-    /// See [`crate::model::op::Op::ExpertLinear`]; one weight per expert, `[out, in]`.
+    /// See [`crate::model::op::Op::ExpertLinear`]; one weight per expert, `[out, in]`, or what [`Lower::lower`] has made
+    /// of them.
     fn expert_linear(
         &self,
         x: &Self::Buf,
@@ -380,13 +381,14 @@ pub trait Backend: Lower {
     fn nats(&self, nats: Self::Nats) -> Result<Vec<f64>>;
 
     /// Runs a fused op on the slots of its block. Of its outputs, those are written that `wanted` names; where that
-    /// is not what a tap shows, nothing need be shown.
+    /// is not what a tap shows, nothing need be shown. `routes`: what the block's router chose, if it has.
     fn fused(
         &self,
         op: &Self::Fused,
         scope: &Scope<'_, Self>,
         wanted: &[bool],
         slots: &mut [Option<Self::Buf>],
+        routes: Option<&Self::Routes>,
         on_tap: OnTap<'_, Self::Buf>,
     ) -> Result<()>;
     /// Takes the gradients of a fused op's outputs and adds to those of its inputs.
@@ -396,6 +398,7 @@ pub trait Backend: Lower {
         scope: &Scope<'_, Self>,
         slots: &[Option<Self::Buf>],
         grads: &mut [Option<Self::Buf>],
+        routes: Option<&Self::Routes>,
         on_tap: OnTap<'_, Self::Buf>,
     ) -> Result<()>;
 

@@ -29,11 +29,13 @@ pub fn backward<B: Backend>(
     let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start).rev() {
         let State { slots, grads, routes, .. } = &mut *state;
-        let routes = || routes.as_ref().unwrap_or_else(|| panic!("op {index} ({op:?}) misses the routes"));
+        let chosen = || routes.as_ref().unwrap_or_else(|| panic!("op {index} ({op:?}) misses the routes"));
         let missing = |what: &str| -> ! { panic!("op {index} ({op:?}) misses a {what}") };
         let value = |slot: Slot| slots[slot.0].as_ref().unwrap_or_else(|| missing("saved value"));
         match *op {
-            Op::Fused(ref fused) => backend.fused_backward(fused, scope, slots, grads, on_tap)?,
+            Op::Fused(ref fused) => {
+                backend.fused_backward(fused, scope, slots, grads, routes.as_ref(), on_tap)?;
+            }
             Op::Tap { site, x } => {
                 on_tap(site, grads[x.0].as_ref().unwrap_or_else(|| missing("gradient")))?;
             }
@@ -74,23 +76,23 @@ pub fn backward<B: Backend>(
             Op::Route { out, logits, .. } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let (dx, experts) = (grads[logits.0].take(), block.widths[logits.0]);
-                grads[logits.0] = Some(backend.route_backward(value(out), routes(), &dy, experts, dx)?);
+                grads[logits.0] = Some(backend.route_backward(value(out), chosen(), &dy, experts, dx)?);
             }
             Op::Dispatch { x, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let dx = grads[x.0].take();
-                grads[x.0] = Some(backend.dispatch_backward(&dy, routes(), dx)?);
+                grads[x.0] = Some(backend.dispatch_backward(&dy, chosen(), dx)?);
             }
             Op::ExpertLinear { x, weights: ref ws, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let dx = grads[x.0].take();
                 let ws: Vec<_> = ws.iter().map(|&number| weight(number)).collect();
-                grads[x.0] = Some(backend.expert_linear_backward(&ws, routes(), &dy, dx)?);
+                grads[x.0] = Some(backend.expert_linear_backward(&ws, chosen(), &dy, dx)?);
             }
             Op::Combine { x, scores, out } => {
                 let dy = grads[out.0].take().unwrap_or_else(|| missing("gradient"));
                 let before = [x, scores].map(|slot| grads[slot.0].take());
-                let after = backend.combine_backward(value(x), value(scores), routes(), &dy, before)?;
+                let after = backend.combine_backward(value(x), value(scores), chosen(), &dy, before)?;
                 for (slot, grad) in [x, scores].into_iter().zip(after) {
                     grads[slot.0] = Some(grad);
                 }

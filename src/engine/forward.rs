@@ -52,7 +52,7 @@ pub fn forward<B: Backend>(
     let weight = |number| weights.get(number);
     for (index, op) in block.ops.iter().enumerate().take(ops.end).skip(ops.start) {
         if let Op::Fused(fused) = op {
-            backend.fused(fused, scope, &wanted, &mut state.slots, on_tap)?;
+            backend.fused(fused, scope, &wanted, &mut state.slots, state.routes.as_ref(), on_tap)?;
             release(state, op, index, &last_uses, &saved);
             continue;
         }

@@ -33,6 +33,11 @@ impl Spec {
         (0..self.weights.len()).map(|number| self.elements(Weight(number))).sum()
     }
 
+    /// Parameters of one layer.
+    pub fn layer_parameters(&self, layer: usize) -> u64 {
+        self.blocks[layer].weights().into_iter().map(|weight| self.elements(weight)).sum()
+    }
+
     /// Parameters that a token meets: of experts those of as many as it goes to.
     pub fn num_active_parameters(&self) -> u64 {
         let ops = self.blocks.iter().flat_map(|block| block.ops.iter().map(move |op| (block, op)));

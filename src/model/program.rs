@@ -16,7 +16,8 @@ pub enum Packing {
         /// A multiple of it.
         rows: usize,
     },
-    /// Row 0 of the first, row 0 of the second, row 1 of the first, and so forth. Two tensors of one shape.
+    /// Tensors of one shape, two by two, pair after pair: row 0 of the first, row 0 of the second, row 1 of the first, and so
+    /// forth.
     Interleaved,
 }
 

@@ -114,6 +114,22 @@ impl ModelFiles {
         Config::from_json(&text, &path)
     }
 
+    /// Whether there is config.json and no weights.
+    pub fn is_bare(&self) -> bool {
+        match self {
+            Self::Folder(folder) => weights::is_bare(folder),
+            Self::Hub { .. } | Self::Embedded(_) => false,
+        }
+    }
+
+    /// Whether there is a tokenizer.
+    pub fn has_tokenizer(&self) -> bool {
+        match self {
+            Self::Folder(folder) => folder.join(Tokens::FILE).is_file(),
+            Self::Hub { .. } | Self::Embedded(_) => true,
+        }
+    }
+
     /// How many files of the weights still have to come, and their bytes.
     pub fn missing_weights(&self) -> (usize, u64) {
         match self {

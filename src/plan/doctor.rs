@@ -115,6 +115,9 @@ impl Findings<'_> {
         let plan = Plan::layer(&args, timestamp, self.fetcher)?;
         self.say("device", plan.device());
         plan.warnings.iter().for_each(|warning| self.fetcher.log().warn(warning));
+        if plan.is_bare() {
+            plan.files.checkpoint()?;
+        }
         self.say("model", plan.model());
         self.say("weights", plan.weights());
         self.say("texts", plan.texts_to_download().unwrap_or_else(|| "on this machine".into()));

@@ -6,6 +6,7 @@ mod demo;
 mod device;
 mod doctor;
 mod fetch;
+mod fits;
 mod layers;
 mod machine;
 mod memory;
@@ -81,6 +82,8 @@ pub struct Plan {
     pub threads: usize,
     /// Memory, and what follows from it.
     pub memory: Memory,
+    /// How the model would run on CUDA devices of some sizes.
+    fits: Vec<(u64, Memory)>,
     /// Print the plan and stop.
     pub dry_run: bool,
     /// The start of the run, local time.
@@ -255,7 +258,12 @@ impl Plan {
         let sae = saes;
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
-        if !(to_come && args.dry_run) {
+        // What a model takes follows from config.json alone.
+        let bare = args.dry_run && files.is_bare();
+        if bare {
+            weight_bytes = 2 * spec.num_parameters();
+        }
+        if !(to_come && args.dry_run) && !bare {
             let checkpoint = files.checkpoint()?;
             tensors = checkpoint.load(&spec.weights)?;
             weight_bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
@@ -293,7 +301,7 @@ impl Plan {
             notes.extend(sae.notes());
             warnings.extend(sae.warnings(quantity));
         }
-        let memory = devices.plan(&memory::Demand {
+        let demand = memory::Demand {
             spec: &spec,
             engine: &engine,
             head_dim: config.head_dim,
@@ -303,8 +311,11 @@ impl Plan {
             num_samples,
             slow_weights: weight_bytes > free_bytes,
             budget_bytes,
-            features: sae.as_ref().map(|sae| sae.needs(quantity, args.aggregation_mode)).as_ref(),
-        })?;
+            features: None,
+        };
+        let fits = if sae.is_none() { fits::fits(&demand) } else { Vec::new() };
+        let needs = sae.as_ref().map(|sae| sae.needs(quantity, args.aggregation_mode));
+        let memory = devices.plan(&memory::Demand { features: needs.as_ref(), ..demand })?;
         memory.set(&mut engine);
         Ok(Self {
             texts,
@@ -327,6 +338,7 @@ impl Plan {
             threads,
             devices,
             memory,
+            fits,
             dry_run: args.dry_run,
             timestamp,
             warnings,
@@ -361,6 +373,17 @@ impl Plan {
     /// To be called when all texts have been read: from now on, runs without a network find them.
     pub fn settle_texts(&self) -> Result<()> {
         self.corpus.settle()
+    }
+
+    /// What is to be said of the tokenizer before it is used; nothing of one that a dry run can do without.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be read.
+    pub fn tokens_note(&self) -> Result<Option<String>> {
+        if self.dry_run && self.files.is_bare() && !self.files.has_tokenizer() {
+            return Ok(None);
+        }
+        Ok(self.open_tokens()?.note().map(str::to_owned))
     }
 
     /// Loads the tokenizer.

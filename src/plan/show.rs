@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Devices, Plan};
+use super::{Devices, Plan, fits};
 use crate::model::{Config, RopeScaling};
 use crate::stats::Quantity;
 use crate::units::{size, thousands};
@@ -14,15 +14,20 @@ impl fmt::Display for Plan {
         let commit =
             self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
         row("model", format!("{} ({}{commit})", self.model_name, c.model_type))?;
-        row("parameters", thousands(self.spec.num_parameters()))?;
+        row("parameters", self.parameters())?;
+        row("layer", fits::layers(&self.spec))?;
         row("weights", self.weights())?;
         row(
             "shape",
             format!(
-                "{} layers, hidden size {}, MLP {}, {} heads ({} key/value) of {}, vocabulary {}",
+                "{} layers, hidden size {}, MLP {}{}, {} heads ({} key/value) of {}, vocabulary {}",
                 c.num_layers,
                 c.hidden_size,
                 c.intermediate_size,
+                c.experts.map_or(String::new(), |experts| format!(
+                    " in each of {} experts, {} for each token",
+                    experts.count, experts.per_token
+                )),
                 c.num_heads,
                 c.num_kv_heads,
                 c.head_dim,
@@ -64,16 +69,33 @@ impl fmt::Display for Plan {
             ),
         )?;
         row("work", self.work())?;
+        for (index, line) in fits::shown(&self.fits, self.spec.blocks.len()).into_iter().enumerate() {
+            row(if index == 0 { "would fit" } else { "" }, line)?;
+        }
         row("output", self.destination())
     }
 }
 
 impl Plan {
+    /// Whether there is config.json and no weights: enough for a dry run.
+    pub(super) fn is_bare(&self) -> bool {
+        self.files.is_bare()
+    }
+
     /// Its name, architecture, and commit on the hub.
     pub(super) fn model(&self) -> String {
         let commit =
             self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
         format!("{} ({}{commit})", self.model_name, self.config.model_type)
+    }
+
+    /// How many, and of experts how many a token meets.
+    fn parameters(&self) -> String {
+        let (all, active) = (self.spec.num_parameters(), self.spec.num_active_parameters());
+        match active < all {
+            true => format!("{}, of which a token meets {}", thousands(all), thousands(active)),
+            false => thousands(all),
+        }
     }
 
     /// Of the workspace, what the sums over SAE features take.
@@ -107,6 +129,9 @@ impl Plan {
     /// Size and type of the weights, or what of them is still to come.
     pub(super) fn weights(&self) -> String {
         let bytes = size(self.weight_bytes);
+        if self.is_bare() {
+            return format!("{bytes} in bfloat16, none of them here");
+        }
         match self.files.missing_weights() {
             (0, _) => format!("{bytes} as {}, mapped", self.weight_types()),
             (1, _) => format!("{bytes} in 1 file, to be downloaded"),
@@ -147,8 +172,11 @@ impl Plan {
         let flops = self.spec.flops_per_token() as f64 / 1e9;
         let head = self.spec.head_flops_per_token() as f64 / 1e9;
         let model = match self.engine.gradients {
-            false => format!("up to {flops:.3} GFLOP per token, forward"),
-            true => format!("{:.3} GFLOP per token forward, up to as much backward", flops + head),
+            false => format!(
+                "up to {flops:.3} GFLOP per token forward; of gradients {:.3} forward and up to as much backward",
+                flops + head
+            ),
+            true => format!("{0:.3} GFLOP per token forward, up to {0:.3} backward", flops + head),
         };
         let Some(sae) = &self.sae else { return model };
         let features = sae.flops_per_position(self.quantity, self.transform.mode) as f64 / 1e9;

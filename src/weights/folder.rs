@@ -108,11 +108,22 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(weight_map)
 }
 
+/// Whether a file of this name may hold weights, of a kind that can be read or not.
+fn may_hold_weights(name: &str) -> bool {
+    const ENDINGS: &[&str] = &["safetensors", "index.json", "bin", "pt", "pth", "gguf", "h5", "msgpack"];
+    ENDINGS.iter().any(|ending| name.ends_with(&format!(".{ending}")))
+}
+
+/// Whether a folder holds no file of weights at all, not even one that cannot be read.
+pub fn is_bare(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name()).all(|name| !may_hold_weights(&name.to_string_lossy()))
+}
+
 /// The error for a place without safetensors, with advice after the names of what is there instead.
 pub fn no_weights(place: impl Display, names: impl Iterator<Item = String>) -> Error {
-    const ENDINGS: &[&str] = &["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack"];
     let weights: BTreeSet<String> =
-        names.filter(|name| ENDINGS.iter().any(|ending| name.ends_with(&format!(".{ending}")))).collect();
+        names.filter(|name| may_hold_weights(name) && !name.ends_with(".json")).collect();
     let any = |ending: &str| weights.iter().any(|name| name.ends_with(ending));
     let hint = if weights.iter().any(|name| name.starts_with("model-") && name.ends_with(".safetensors")) {
         "these look like shards: fetch model.safetensors.index.json too"

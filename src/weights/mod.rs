@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::arch;
 use crate::model::{Dtype, Tensor, WeightSpec};
 use folder::Layout;
-pub use folder::{SINGLE, entry, no_weights, shards};
+pub use folder::{SINGLE, entry, is_bare, no_weights, shards};
 use mapped::Bytes;
 use safetensors::{Entry, Shard, cut};
 

@@ -1,7 +1,7 @@
 //! The configurations on the hub, with their numeric facts.
 
-use gradlens::model::{Activation, Config, Rope, RopeScaling};
-use serde_json::json;
+use gradlens::model::{Activation, Config, Rope, RopeScaling, describe};
+use serde_json::{Value, json};
 
 use super::read;
 
@@ -124,4 +124,56 @@ fn published_files() {
     .unwrap();
     assert_eq!((config.head_dim, config.num_layers, config.vocab_size), (128, 60, 64_000));
     assert_eq!(config.rope, Rope { theta: 5e6, scaling: RopeScaling::None });
+}
+
+/// Of each model in `published.json`: exactly its parameters, and every tensor of its checkpoint by name. (The published
+/// sizes and numbers of tensors; of a tied head, which some files hold a second time, none.)
+#[test]
+fn published_models_have_their_parameters_and_tensors() {
+    let models: Value = serde_json::from_str(include_str!("published.json")).unwrap();
+    for model in models.as_array().unwrap() {
+        let (name, file) = (&model["name"], &model["config"]);
+        let config = read(file).unwrap();
+        let spec = describe(&config);
+        assert_eq!(spec.num_parameters(), model["parameters"].as_u64().unwrap(), "{name}");
+        let mut found: Vec<&str> = spec.weights.iter().map(|weight| weight.name.as_str()).collect();
+        let mut expected = tensors(file, config.num_layers);
+        assert_eq!(expected.len() as u64, model["tensors"].as_u64().unwrap(), "{name}");
+        found.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// The names that checkpoints on the hub have.
+fn tensors(config: &Value, layers: usize) -> Vec<String> {
+    let is = |model_type: &str| config["model_type"] == model_type;
+    let mut names = vec!["model.embed_tokens.weight".to_owned(), "model.norm.weight".to_owned()];
+    // The file of Gemma does not say that the head is tied.
+    if config["tie_word_embeddings"] == false {
+        names.push("lm_head.weight".into());
+    }
+    let mut modules = vec!["input_layernorm", "post_attention_layernorm"];
+    modules.extend(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]);
+    if is("gemma2") || is("gemma3_text") {
+        modules.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
+    }
+    if is("qwen3") || is("gemma3_text") {
+        modules.extend(["self_attn.q_norm", "self_attn.k_norm"]);
+    }
+    for layer in 0..layers {
+        let own = |module: &str| format!("model.layers.{layer}.{module}.weight");
+        names.extend(modules.iter().map(|module| own(module)));
+        if is("qwen2") {
+            names.extend(["q", "k", "v"].map(|p| format!("model.layers.{layer}.self_attn.{p}_proj.bias")));
+        }
+        if is("mixtral") {
+            names.push(own("block_sparse_moe.gate"));
+            let experts = (0..8).flat_map(|expert| [1, 2, 3].map(|w| (expert, w)));
+            names.extend(experts.map(|(expert, w)| own(&format!("block_sparse_moe.experts.{expert}.w{w}"))));
+        } else {
+            names.extend(["gate", "up", "down"].map(|p| own(&format!("mlp.{p}_proj"))));
+        }
+    }
+    names
 }

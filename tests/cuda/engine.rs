@@ -8,12 +8,14 @@ use gradlens::backend::cuda::rope::Pairs;
 use gradlens::backend::cuda::{CudaLower, Format, Fused};
 use gradlens::backend::{Lower, Moments};
 use gradlens::engine::{EngineSpec, LossReduction, Totals};
-use gradlens::model::op::Op;
+use gradlens::model::op::{Op, Site};
 use gradlens::model::{Config, Dtype, Spec, Usage, describe};
-use gradlens::stats::LayerMoments;
+use gradlens::stats::{LayerMoments, SiteMoments};
 
 use super::common::{random_weights, relative_l2, tolerance};
-use super::golden::{Expected, GOLDENS, Golden, everything, folder, load, mean, run_on, settings};
+use super::golden::{
+    Expected, GOLDENS, Golden, everything, folder, load, mean, run_on, run_sites, settings, site_key, sites,
+};
 use super::machine::{Machine, machine};
 
 const FUSED: CudaLower = CudaLower { format: Format::F32, fuse: true };
@@ -34,9 +36,9 @@ fn run(
 }
 
 /// Relative error of each array, by its name in the golden.
-fn errors(layers: &BTreeMap<usize, LayerMoments>, expected: &Expected) -> BTreeMap<String, f64> {
+fn errors(sites: &SiteMoments, expected: &Expected) -> BTreeMap<String, f64> {
     let mut errors = BTreeMap::new();
-    for (layer, moments) in layers {
+    for (&(layer, site), moments) in sites {
         for (key, m) in [("values", &moments.values), ("gradients_sample", &moments.gradients)] {
             let m: &Moments = m.as_ref().unwrap();
             let arrays = [
@@ -45,13 +47,20 @@ fn errors(layers: &BTreeMap<usize, LayerMoments>, expected: &Expected) -> BTreeM
                 ("max_abs", m.max_abs.clone()),
             ];
             for (stat, found) in arrays {
-                let name = format!("layer_{layer}.{key}.{stat}");
+                let name = format!("layer_{layer}.{}.{stat}", site_key(site, key));
                 let error = relative_l2(&found, expected.get(&name));
                 errors.insert(name, error);
             }
         }
     }
     errors
+}
+
+/// The default site as it is fused; all sites but the one that would keep the MLP from being fused; all of them, op by op.
+fn ways(golden: &Golden) -> [(bool, Vec<Site>); 3] {
+    let all = sites(golden);
+    let others = all.iter().copied().filter(|site| *site != Site::MlpHidden).collect();
+    [(true, vec![Site::Mlp]), (true, others), (false, all)]
 }
 
 /// float32 through our kernels is float32: as near the golden as the CPU engine has to be, fused and op by op.
@@ -61,10 +70,10 @@ fn goldens_in_float32() {
     for name in GOLDENS {
         let golden = golden(name);
         let expected = Expected::read(&folder(name).join("expected.safetensors"));
-        for fuse in [true, false] {
-            let lower = CudaLower { fuse, ..FUSED };
-            let (layers, totals) = run(&machine, &golden, lower, everything(&golden));
-            for (array, error) in errors(&layers, &expected) {
+        for (fuse, sites) in ways(&golden) {
+            let backend = machine.backend(CudaLower { fuse, ..FUSED });
+            let (found, totals) = run_sites(&backend, &golden, EngineSpec { sites, ..everything(&golden) });
+            for (array, error) in errors(&found, &expected) {
                 assert!(error <= tolerance::GOLDEN, "{name} {array}, fused {fuse}: relative error {error:e}");
             }
             let loss = expected.get("loss_nats");
@@ -136,10 +145,10 @@ fn goldens_in_bfloat16() {
         let expected = Expected::read(&folder(name).join("expected.safetensors"));
         let theirs: BTreeMap<String, f64> =
             serde_json::from_slice(&fs::read(folder(name).join("bfloat16.json")).unwrap()).unwrap();
-        for fuse in [true, false] {
-            let (layers, _) =
-                run(&machine, &golden, CudaLower { format: Format::Bf16, fuse }, everything(&golden));
-            let errors = errors(&layers, &expected);
+        for (fuse, sites) in ways(&golden) {
+            let backend = machine.backend(CudaLower { format: Format::Bf16, fuse });
+            let (found, _) = run_sites(&backend, &golden, EngineSpec { sites, ..everything(&golden) });
+            let errors = errors(&found, &expected);
             let mut quantities = BTreeMap::<&str, [f64; 2]>::new();
             for (array, error) in &errors {
                 let quantity = quantities.entry(array.split_once('.').unwrap().1).or_default();
@@ -167,7 +176,12 @@ fn goldens_in_bfloat16() {
 #[test]
 fn results_do_not_depend_on_how_the_work_is_cut() {
     let Some(machine) = machine() else { return };
-    for (name, format) in [("qwen2_window", Format::F32), ("llama3", Format::Bf16)] {
+    for (name, format) in [
+        ("qwen2_window", Format::F32),
+        ("llama3", Format::Bf16),
+        ("mixtral", Format::Bf16),
+        ("gemma3", Format::F32),
+    ] {
         let golden = golden(name);
         let lower = CudaLower { format, fuse: true };
         let base = everything(&golden);

@@ -395,6 +395,7 @@ impl<T: Element> Backend for Cpu<T> {
         _: &Scope<'_, Self>,
         _: &[bool],
         _: &mut [Option<Buf<T>>],
+        _: Option<&Routes>,
         _: OnTap<'_, Buf<T>>,
     ) -> Result<()> {
         match *op {}
@@ -406,6 +407,7 @@ impl<T: Element> Backend for Cpu<T> {
         _: &Scope<'_, Self>,
         _: &[Option<Buf<T>>],
         _: &mut [Option<Buf<T>>],
+        _: Option<&Routes>,
         _: OnTap<'_, Buf<T>>,
     ) -> Result<()> {
         match *op {}

@@ -3,7 +3,6 @@
 //! Formats in bfloat16: what products read (the outputs of norms, attention and gating, and weights) is bfloat16, the
 //! residual stream, what is added to it and all gradients of it are float32. A tensor in the other format is converted.
 
-use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -14,6 +13,7 @@ use super::device::driver_failed;
 use super::fused::wide;
 use super::lower::{CudaLower, Fused};
 use super::module::lock;
+use super::moe::Routing;
 use super::norm::NormSpec;
 use super::rope::{Pairs, RopeTable, Rotation};
 use super::staging::Staging;
@@ -22,7 +22,7 @@ use super::tensor::typed;
 use super::weights::Room;
 use super::{Buf, Cuda, CudaSpec, Format, Tensor};
 use crate::backend::{Backend, Chunk, Moments, NonFinite, OnTap, Scope};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::op::{Attention, RmsNorm};
 use crate::model::{self, Activation, Packing};
 
@@ -71,7 +71,7 @@ impl CudaBackend {
     }
 
     /// x as products read it.
-    fn operand(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn operand(&self, x: &Tensor) -> Result<Tensor> {
         x.to(self.lower.format, &self.cuda)
     }
 
@@ -93,7 +93,7 @@ impl CudaBackend {
     }
 
     /// `dx`, if there is something so far, and `more`, which is float32.
-    fn sum(&self, dx: Option<Tensor>, more: Buf<f32>) -> Result<Tensor> {
+    pub(super) fn sum(&self, dx: Option<Tensor>, more: Buf<f32>) -> Result<Tensor> {
         let Some(dx) = dx else { return Ok(more.into()) };
         let mut dx = dx.wide(&self.cuda)?;
         self.cuda.add_in_place(&mut dx, &more)?;
@@ -117,10 +117,6 @@ impl CudaBackend {
     }
 }
 
-fn not_yet(what: &str) -> Error {
-    Error::new(format!("{what} do not run on CUDA devices yet")).at("--device").hint("--device cpu")
-}
-
 impl Backend for CudaBackend {
     type Buf = Tensor;
     type Weight = Tensor;
@@ -129,7 +125,7 @@ impl Backend for CudaBackend {
     type Chunk = PlacedChunk;
     type Moments = DeviceMoments;
     type Finite = FiniteCheck;
-    type Routes = Infallible;
+    type Routes = Routing;
     type Nats = DeviceNats;
     type Mark = CudaEvent;
 
@@ -314,56 +310,62 @@ impl Backend for CudaBackend {
         Ok([dgate.into(), dup.into()])
     }
 
-    fn route(&self, _: &Tensor, _: usize) -> Result<(Tensor, Infallible)> {
-        Err(not_yet("mixtures of experts"))
+    fn route(&self, logits: &Tensor, top_k: usize) -> Result<(Tensor, Routing)> {
+        let (scores, routes) = self.cuda.route(&logits.wide(&self.cuda)?, top_k)?;
+        Ok((scores.into(), routes))
     }
 
     fn route_backward(
         &self,
-        _: &Tensor,
-        routes: &Infallible,
-        _: &Tensor,
+        scores: &Tensor,
+        routes: &Routing,
+        dscores: &Tensor,
         _: usize,
-        _: Option<Tensor>,
+        dlogits: Option<Tensor>,
     ) -> Result<Tensor> {
-        match *routes {}
+        let dlogits = dlogits.map(|dlogits| dlogits.wide(&self.cuda)).transpose()?;
+        Ok(self.cuda.route_backward(wide(scores), routes, wide(dscores), dlogits)?.into())
     }
 
-    fn dispatch(&self, _: &Tensor, routes: &Infallible) -> Result<Tensor> {
-        match *routes {}
+    fn dispatch(&self, x: &Tensor, routes: &Routing) -> Result<Tensor> {
+        Ok(match self.operand(x)? {
+            Tensor::F32(x) => self.cuda.dispatch(&x, routes)?.into(),
+            Tensor::Bf16(x) => self.cuda.dispatch(&x, routes)?.into(),
+        })
     }
 
-    fn dispatch_backward(&self, _: &Tensor, routes: &Infallible, _: Option<Tensor>) -> Result<Tensor> {
-        match *routes {}
+    fn dispatch_backward(&self, dy: &Tensor, routes: &Routing, dx: Option<Tensor>) -> Result<Tensor> {
+        let dx = dx.map(|dx| dx.wide(&self.cuda)).transpose()?;
+        Ok(typed!(dy, dy => self.cuda.dispatch_backward(dy, routes, dx)?).into())
     }
 
-    fn expert_linear(&self, _: &Tensor, _: &[&Tensor], routes: &Infallible) -> Result<Tensor> {
-        match *routes {}
+    fn expert_linear(&self, x: &Tensor, weights: &[&Tensor], routes: &Routing) -> Result<Tensor> {
+        self.experts_by_themselves(x, weights, routes)
     }
 
     fn expert_linear_backward(
         &self,
-        _: &[&Tensor],
-        routes: &Infallible,
-        _: &Tensor,
-        _: Option<Tensor>,
+        weights: &[&Tensor],
+        routes: &Routing,
+        dy: &Tensor,
+        dx: Option<Tensor>,
     ) -> Result<Tensor> {
-        match *routes {}
+        self.experts_by_themselves_adjoint(weights, routes, dy, dx)
     }
 
-    fn combine(&self, _: &Tensor, _: &Tensor, routes: &Infallible) -> Result<Tensor> {
-        match *routes {}
+    fn combine(&self, x: &Tensor, scores: &Tensor, routes: &Routing) -> Result<Tensor> {
+        Ok(typed!(x, x => self.cuda.combine(x, wide(scores), routes)?).into())
     }
 
     fn combine_backward(
         &self,
-        _: &Tensor,
-        _: &Tensor,
-        routes: &Infallible,
-        _: &Tensor,
-        _: [Option<Tensor>; 2],
+        x: &Tensor,
+        scores: &Tensor,
+        routes: &Routing,
+        dout: &Tensor,
+        dx_dscores: [Option<Tensor>; 2],
     ) -> Result<[Tensor; 2]> {
-        match *routes {}
+        self.combine_adjoint(x, scores, routes, dout, dx_dscores)
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -409,9 +411,10 @@ impl Backend for CudaBackend {
         scope: &Scope<'_, Self>,
         wanted: &[bool],
         slots: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
-        self.fused_forward(op, scope, wanted, slots, on_tap)
+        self.fused_forward(op, scope, wanted, slots, routes, on_tap)
     }
 
     fn fused_backward(
@@ -420,9 +423,10 @@ impl Backend for CudaBackend {
         scope: &Scope<'_, Self>,
         slots: &[Option<Tensor>],
         grads: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
-        self.fused_adjoint(op, scope, slots, grads, on_tap)
+        self.fused_adjoint(op, scope, slots, grads, routes, on_tap)
     }
 
     fn new_moments(&self, width: usize) -> Result<DeviceMoments> {

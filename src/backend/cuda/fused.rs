@@ -3,6 +3,7 @@
 use super::attention::AttentionSpec;
 use super::backend::CudaBackend;
 use super::lower::{Fused, Residual};
+use super::moe::Routing;
 use super::rope::{Pairs, Rotation};
 use super::{Buf, Format, Real, Tensor};
 use crate::backend::{OnTap, Scope};
@@ -22,6 +23,14 @@ fn taken(grads: &mut [Option<Tensor>], slot: Slot) -> Tensor {
     match grads[slot.0].take() {
         Some(tensor) => tensor,
         None => panic!("slot {} has no gradient", slot.0),
+    }
+}
+
+/// What the block's router chose.
+pub(super) fn chosen(routes: Option<&Routing>) -> &Routing {
+    match routes {
+        Some(routes) => routes,
+        None => panic!("experts without a router before them"),
     }
 }
 
@@ -46,11 +55,12 @@ impl CudaBackend {
         scope: &Scope<'_, Self>,
         wanted: &[bool],
         slots: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         match self.lower.format {
-            Format::F32 => self.forward_in::<f32>(op, scope, wanted, slots, on_tap),
-            Format::Bf16 => self.forward_in::<half::bf16>(op, scope, wanted, slots, on_tap),
+            Format::F32 => self.forward_in::<f32>(op, scope, wanted, slots, routes, on_tap),
+            Format::Bf16 => self.forward_in::<half::bf16>(op, scope, wanted, slots, routes, on_tap),
         }
     }
 
@@ -60,11 +70,12 @@ impl CudaBackend {
         scope: &Scope<'_, Self>,
         slots: &[Option<Tensor>],
         grads: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         match self.lower.format {
-            Format::F32 => self.backward_in::<f32>(op, scope, slots, grads, on_tap),
-            Format::Bf16 => self.backward_in::<half::bf16>(op, scope, slots, grads, on_tap),
+            Format::F32 => self.backward_in::<f32>(op, scope, slots, grads, routes, on_tap),
+            Format::Bf16 => self.backward_in::<half::bf16>(op, scope, slots, grads, routes, on_tap),
         }
     }
 
@@ -74,6 +85,7 @@ impl CudaBackend {
         scope: &Scope<'_, Self>,
         wanted: &[bool],
         slots: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         let cuda = &self.cuda;
@@ -102,6 +114,18 @@ impl CudaBackend {
             Fused::LinearAdd { x, weight, bias, out, ref residual } => {
                 let x = A::of(there(slots, x)).share();
                 self.add_product(&x, matrix(weight), vector(bias), residual, out, slots, on_tap)?;
+            }
+            Fused::GatedExperts { x, gate_up_weight, activation, gate_up, weight, out } => {
+                let (x, routes) = (A::of(there(slots, x)), chosen(routes));
+                let keep = wanted[gate_up.0];
+                let (parts, hidden) =
+                    cuda.experts_gated(x, matrix(gate_up_weight), routes, activation.into(), keep)?;
+                slots[gate_up.0] = parts.map(A::tensor);
+                // Gate and up alone are computed again on the way back.
+                if wanted[out.0] {
+                    let rows = cuda.experts_forward::<A, f32>(&hidden, matrix(weight), routes)?;
+                    slots[out.0] = Some(rows.into());
+                }
             }
             Fused::GatedMlp {
                 x,
@@ -157,8 +181,8 @@ impl CudaBackend {
         slots[residual.sum.0] = Some(sum.into());
         for &site in &residual.taps {
             on_tap(site, there(slots, out))?;
-            slots[out.0] = None;
         }
+        slots[out.0] = None;
         Ok(())
     }
 
@@ -168,6 +192,7 @@ impl CudaBackend {
         scope: &Scope<'_, Self>,
         slots: &[Option<Tensor>],
         grads: &mut [Option<Tensor>],
+        routes: Option<&Routing>,
         on_tap: OnTap<'_, Tensor>,
     ) -> Result<()> {
         let cuda = &self.cuda;
@@ -191,6 +216,14 @@ impl CudaBackend {
             Fused::LinearAdd { x, weight, out, ref residual, .. } => {
                 let dy = self.residual_gradient::<A>(Some(residual), out, grads, on_tap)?;
                 grads[x.0] = Some(A::tensor(cuda.linear_backward_as(&dy, matrix(weight), None)?));
+            }
+            Fused::GatedExperts { x, gate_up_weight, activation, gate_up, weight, out } => {
+                let dy = A::owned(taken(grads, out).to(A::FORMAT, cuda)?);
+                let (parts, routes) = (A::of(there(slots, gate_up)), chosen(routes));
+                let dparts =
+                    cuda.experts_gated_backward(&dy, matrix(weight), routes, parts, activation.into())?;
+                let dx = cuda.experts_backward::<A, A>(&dparts, matrix(gate_up_weight), routes)?;
+                grads[x.0] = Some(A::tensor(dx));
             }
             Fused::GatedMlp { x, gate_up_weight, activation, gate_up, weight, out, ref residual, .. } => {
                 let dy = self.residual_gradient::<A>(residual.as_ref(), out, grads, on_tap)?;

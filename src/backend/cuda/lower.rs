@@ -5,7 +5,10 @@
 //! | three linear maps of one input, rotation of the first two | one product, rotated in its epilogue |
 //! | attention | the same over the one buffer, keeping what its backward needs |
 //! | gate, up, gating, down (and what follows it) | two products, gating and its derivative in their epilogues |
+//! | experts' gate, up, gating, down | the same two products with every expert's rows at once |
 //! | linear, (tap,) residual addition | one product with the addition in its epilogue |
+
+mod experts;
 
 use super::Format;
 use super::loss::STRIP;
@@ -58,12 +61,21 @@ pub enum Fused {
         out: Slot,
         residual: Option<Residual>,
     },
+    /// The same for rows sorted by expert, with each row's expert's matrices: all experts' are stacked in one weight.
+    GatedExperts {
+        x: Slot,
+        gate_up_weight: Weight,
+        activation: Activation,
+        gate_up: Slot,
+        weight: Weight,
+        out: Slot,
+    },
 }
 
 impl op::Fused for Fused {
     fn inputs(&self) -> Vec<Slot> {
         match self {
-            Self::LinearRope { x, .. } => vec![*x],
+            Self::LinearRope { x, .. } | Self::GatedExperts { x, .. } => vec![*x],
             Self::Attend { qkv, .. } => vec![*qkv],
             Self::LinearAdd { x, residual, .. } => vec![*x, residual.x],
             Self::GatedMlp { x, residual, .. } => {
@@ -80,6 +92,7 @@ impl op::Fused for Fused {
         match self {
             Self::LinearRope { out, .. } => vec![*out],
             Self::Attend { out, lse, .. } => vec![*out, *lse],
+            Self::GatedExperts { gate_up, out, .. } => vec![*gate_up, *out],
             Self::LinearAdd { out, residual, .. } => product(*out, Some(residual)),
             Self::GatedMlp { gate_up, out, residual, .. } => {
                 [*gate_up].into_iter().chain(product(*out, residual.as_ref())).collect()
@@ -91,7 +104,7 @@ impl op::Fused for Fused {
         match self {
             Self::LinearRope { .. } | Self::LinearAdd { .. } => vec![],
             Self::Attend { qkv, out, lse, .. } => vec![*qkv, *out, *lse],
-            Self::GatedMlp { gate_up, .. } => vec![*gate_up],
+            Self::GatedMlp { gate_up, .. } | Self::GatedExperts { gate_up, .. } => vec![*gate_up],
         }
     }
 
@@ -101,6 +114,7 @@ impl op::Fused for Fused {
             Self::LinearRope { weight, bias, .. } | Self::LinearAdd { weight, bias, .. } => {
                 [*weight].into_iter().chain(*bias).collect()
             }
+            Self::GatedExperts { gate_up_weight, weight, .. } => vec![*gate_up_weight, *weight],
             Self::GatedMlp { gate_up_weight, gate_up_bias, weight, bias, .. } => {
                 [*gate_up_weight, *weight].into_iter().chain(*gate_up_bias).chain(*bias).collect()
             }
@@ -109,7 +123,7 @@ impl op::Fused for Fused {
 
     fn taps(&self) -> Vec<Site> {
         match self {
-            Self::LinearRope { .. } | Self::Attend { .. } => Vec::new(),
+            Self::LinearRope { .. } | Self::Attend { .. } | Self::GatedExperts { .. } => Vec::new(),
             Self::LinearAdd { residual, .. } => residual.taps.clone(),
             Self::GatedMlp { residual, .. } => {
                 residual.as_ref().map(|residual| residual.taps.clone()).unwrap_or_default()
@@ -140,14 +154,12 @@ impl Lower for CudaLower {
 
     fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Fused> {
         let mut program = Program::unfused(spec, usages);
-        if !self.fuse {
-            return program;
-        }
         let mut packed = Vec::new();
         for (block, usage) in program.blocks.iter_mut().zip(usages) {
             let boundary = usage.boundary.and_then(|boundary| boundary.index(block));
             let first = spec.weights.len();
-            *block = Fuse { block, boundary, ops: Vec::new(), packed: &mut packed, first }.run();
+            let fuse = self.fuse;
+            *block = Fuse { fuse, block, boundary, ops: Vec::new(), packed: &mut packed, first }.run();
         }
         program.weights.extend(packed);
         program
@@ -170,8 +182,9 @@ impl Lower for CudaLower {
             let slot = match op {
                 Op::Norm { out, .. } | Op::Attend { out, .. } | Op::Gate { out, .. } => out,
                 Op::Fused(Fused::LinearRope { out, .. } | Fused::Attend { out, .. }) => out,
+                Op::Dispatch { out, .. } => out,
                 // With the gated product, which lives as long as the op.
-                Op::Fused(Fused::GatedMlp { gate_up, .. }) => gate_up,
+                Op::Fused(Fused::GatedMlp { gate_up, .. } | Fused::GatedExperts { gate_up, .. }) => gate_up,
                 _ => continue,
             };
             bytes[slot.0] = narrow * block.widths[slot.0];
@@ -199,13 +212,17 @@ impl Lower for CudaLower {
             Op::Fused(Fused::GatedMlp { gate_up, out, .. }) => {
                 [narrow * width(gate_up) / 2, narrow * width(gate_up) + rounded(out)]
             }
+            // The gated product; on the way back the gradients of gate and up, and of what was multiplied.
+            Op::Fused(Fused::GatedExperts { gate_up, out, .. }) => {
+                [narrow * width(gate_up) / 2, narrow * (width(gate_up) + width(out))]
+            }
             _ => [0, 0],
         };
         [forward as u64, backward as u64]
     }
 
-    fn padding_bytes(&self, _: &Block<Fused>) -> u64 {
-        0
+    fn padding_bytes(&self, block: &Block<Fused>) -> u64 {
+        experts::padding_bytes(self, block)
     }
 
     fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64 {
@@ -233,6 +250,7 @@ impl Lower for CudaLower {
 
 /// One block being fused.
 struct Fuse<'a> {
+    fuse: bool,
     block: &'a Block<Fused>,
     /// The op before which a walk may start or end.
     boundary: Option<usize>,
@@ -282,10 +300,13 @@ impl Fuse<'_> {
 
     /// Adds what stands at `at` to the list; how many ops that was.
     fn step(&mut self, at: usize, widths: &mut Vec<usize>) -> usize {
-        let fused =
-            self.attention(at, widths).or_else(|| self.gated(at, widths)).or_else(|| self.addition(at));
-        fused.unwrap_or_else(|| {
-            self.ops.push(self.block.ops[at].clone());
+        let fused = self.fuse.then(|| {
+            let pattern = self.attention(at, widths).or_else(|| self.gated(at, widths));
+            pattern.or_else(|| self.gated_experts(at, widths)).or_else(|| self.addition(at))
+        });
+        fused.flatten().unwrap_or_else(|| {
+            let op = self.stacked(self.block.ops[at].clone());
+            self.ops.push(op);
             1
         })
     }

@@ -16,6 +16,7 @@ pub mod device;
 pub mod element;
 pub mod elementwise;
 pub mod embed;
+mod experts;
 mod fused;
 pub mod launch;
 pub mod linear;

@@ -104,9 +104,10 @@ impl<'a> Source<'a> {
             }
             Packing::Interleaved => {
                 let (row, column) = (element / self.width, element % self.width);
-                let parts = self.tensors.len();
-                let at = row / parts * self.width + column;
-                (self.tensors[row % parts], at, self.width - column)
+                let rows = 2 * self.tensors[0].len() / self.width;
+                let (pair, within) = (row / rows, row % rows);
+                let at = within / 2 * self.width + column;
+                (self.tensors[2 * pair + within % 2], at, self.width - column)
             }
         }
     }
@@ -225,14 +226,18 @@ mod tests {
     }
 
     #[test]
-    fn vectors_interleave_by_element() {
-        let first = tensor(Dtype::BF16, &[2], [1.0, 2.0].into_iter());
-        let second = tensor(Dtype::BF16, &[2], [3.0, 4.0].into_iter());
-        let parts = [&first, &second];
-        let source = Source::new(&parts, Packing::Interleaved, Format::F32);
-        let mut bytes = vec![0; source.num_bytes()];
-        source.write(0, &mut bytes);
-        let found: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        assert_eq!(found, [1.0, 3.0, 2.0, 4.0]);
+    fn vectors_interleave_by_element_and_pair_follows_pair() {
+        let vector = |first: f32| tensor(Dtype::BF16, &[2], [first, first + 1.0].into_iter());
+        let [a, b, c, d] = [1.0, 3.0, 5.0, 7.0].map(vector);
+        let parts = [&a, &b, &c, &d];
+        for (pairs, wanted) in
+            [(1, vec![1.0, 3.0, 2.0, 4.0]), (2, vec![1.0, 3.0, 2.0, 4.0, 5.0, 7.0, 6.0, 8.0])]
+        {
+            let source = Source::new(&parts[..2 * pairs], Packing::Interleaved, Format::F32);
+            let mut bytes = vec![0; source.num_bytes()];
+            source.write(0, &mut bytes);
+            let found: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            assert_eq!(found, wanted);
+        }
     }
 }
