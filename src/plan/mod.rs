@@ -9,6 +9,7 @@ mod fetch;
 mod layers;
 mod machine;
 mod memory;
+mod policy;
 mod preload;
 mod saes;
 mod show;
@@ -23,6 +24,7 @@ pub use device::Devices;
 pub use doctor::doctor;
 pub use fetch::Fetcher;
 pub use memory::Memory;
+pub use policy::Counting;
 pub use preload::preload;
 pub use saes::SaePlan;
 
@@ -59,6 +61,8 @@ pub struct Plan {
     pub texts: TextSpec,
     /// Longest sample, in tokens.
     pub max_length: usize,
+    /// Which tokens count.
+    pub counting: Counting,
     /// `--batch_size`.
     pub batch_size: usize,
     /// How samples are packed.
@@ -142,6 +146,7 @@ impl Plan {
             at_most_int(flag, tokens.unwrap_or(1))?;
         }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
+        let counting = Counting::new(&args.policy, args.max_length)?;
         at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
         let threads = args.machine.threads.unwrap_or_else(num_cores);
         use_threads(threads)?;
@@ -293,6 +298,7 @@ impl Plan {
         Ok(Self {
             texts,
             max_length: args.max_length,
+            counting,
             batch_size: args.batch_size,
             passes: PassSpec {
                 tokens_per_pass: memory.tokens_per_pass,

@@ -15,7 +15,7 @@ use crate::interrupt::Interrupt;
 use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
 use crate::source::Pass;
-use crate::stats::{LayerMoments, MomentSink};
+use crate::stats::{LayerMoments, MomentSink, TokenPolicy};
 
 /// Sums of each wanted layer.
 type Layers = BTreeMap<usize, LayerMoments>;
@@ -27,6 +27,7 @@ struct Job {
     spec: Spec,
     tensors: Vec<Tensor>,
     engine: EngineSpec,
+    policy: TokenPolicy,
     interrupt: Interrupt,
     /// What the device's memory is for.
     planned: String,
@@ -58,7 +59,7 @@ pub(super) struct OnCuda {
 }
 
 impl OnCuda {
-    /// Opens the devices and loads the model on each.
+    /// Opens the devices and loads the model on each. `policy`: which tokens count.
     ///
     /// # Errors
     /// A device that cannot be opened or has no room for the model.
@@ -66,6 +67,7 @@ impl OnCuda {
         plan: &Plan,
         devices: &[CudaSpec],
         lower: CudaLower,
+        policy: &TokenPolicy,
         interrupt: &Interrupt,
     ) -> Result<Self> {
         let (answer, answers) = channel();
@@ -81,6 +83,7 @@ impl OnCuda {
                 spec: plan.spec.clone(),
                 tensors: plan.tensors.clone(),
                 engine: plan.engine.clone(),
+                policy: policy.clone(),
                 interrupt: interrupt.or(&stop),
                 planned: plan.memory.to_string(),
             };
@@ -211,7 +214,7 @@ impl Drop for OnCuda {
 impl Job {
     /// Opens the device and computes passes until there are no more. What fails is among the answers.
     fn run(self, passes: &Receiver<(u64, Pass)>, answers: &Sender<Answer>) {
-        let Self { device, lower, spec, tensors, engine, interrupt, planned } = self;
+        let Self { device, lower, spec, tensors, engine, policy, interrupt, planned } = self;
         let ordinal = device.ordinal;
         let failed = |error: Error| {
             let error = match error.kind() {
@@ -224,9 +227,9 @@ impl Job {
             Ok(backend) => backend.planned_for(planned),
             Err(error) => return failed(error),
         };
-        let (layers, width) = (engine.layers.clone(), spec.hidden_size);
+        let (layers, width, gradients) = (engine.layers.clone(), spec.hidden_size, engine.gradients);
         let engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
-        let mut worker = Worker { backend: &backend, engine, layers, width, answers };
+        let mut worker = Worker { backend: &backend, engine, layers, width, policy, gradients, answers };
         if let Err(error) = worker.work(passes) {
             // Before the device is closed, which waits for what it is at.
             failed(error);
@@ -240,6 +243,8 @@ struct Worker<'a> {
     engine: Engine<'a, CudaBackend>,
     layers: Vec<usize>,
     width: usize,
+    policy: TokenPolicy,
+    gradients: bool,
     answers: &'a Sender<Answer>,
 }
 
@@ -253,7 +258,8 @@ impl Worker<'_> {
             let ran = match pass {
                 None => before.take(),
                 Some(pass) => {
-                    let mut sink = MomentSink::new(&self.layers, self.width);
+                    let sink = MomentSink::new(&self.layers, self.width);
+                    let mut sink = sink.counting(self.policy.clone(), self.gradients);
                     let run = self.engine.run(&pass, &mut sink)?;
                     before.replace((number, run, sink))
                 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::backend::{FeatureValues, Moments};
-use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity};
+use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity, Skipped};
 
 /// Sums of each wanted layer.
 pub(super) enum Results {
@@ -38,6 +38,14 @@ impl Results {
         };
         all.sort_by_key(|summed| summed.quantity);
         all
+    }
+
+    /// What was left out of each layer, ascending.
+    pub fn skipped(&self) -> Vec<(usize, Skipped)> {
+        match self {
+            Self::Dimensions(layers) => layers.iter().map(|(&layer, sums)| (layer, sums.skipped)).collect(),
+            Self::Features(layers) => layers.iter().map(|(&layer, sums)| (layer, sums.skipped)).collect(),
+        }
     }
 
     /// Of features.
