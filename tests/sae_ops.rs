@@ -91,8 +91,9 @@ fn nothing_chosen_adds_nothing() {
 fn any_rows_of_a_sample() {
     // Of the samples all but the ends, nothing, the ends, one in the middle.
     let mut at = positions(&[6, 3, 5, 9], 1, 0);
-    let runs = [vec![1..5], vec![], vec![9..11, 13..14], vec![18..19]];
-    at.samples.iter_mut().zip(runs).for_each(|(sample, runs)| sample.runs = runs);
+    for (sample, runs) in [(0, &[(1, 5)][..]), (1, &[]), (2, &[(9, 11), (13, 14)]), (3, &[(18, 19)])] {
+        at.samples[sample].runs = runs.iter().map(|&(start, end)| start..end).collect();
+    }
     assert_eq!((at.count(1), at.count(6)), (8, 5));
     for activation in activations(SHAPE.0) {
         let sae = random_sae(3, SHAPE, activation, InputNorm::LayerNorm, true, Dtype::F32);

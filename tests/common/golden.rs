@@ -9,7 +9,7 @@ use gradlens::backend::Backend;
 use gradlens::engine::{Engine, EngineSpec, LossReduction, Totals};
 use gradlens::model::{Config, Spec, Tensor, describe};
 use gradlens::source::{Pass, PassSpec, Passes, TextSpec, Texts, Tokens};
-use gradlens::stats::{LayerMoments, MomentSink};
+use gradlens::stats::{LayerMoments, MomentSink, TokenPolicy};
 use gradlens::weights::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -94,7 +94,18 @@ pub fn run_on<B: Backend>(
     golden: &Golden,
     spec: EngineSpec,
 ) -> (BTreeMap<usize, LayerMoments>, Totals) {
-    let mut sink = MomentSink::new(&spec.layers, golden.spec.hidden_size);
+    run_counting(backend, golden, spec, TokenPolicy::default())
+}
+
+/// The same, of the tokens that `policy` leaves.
+pub fn run_counting<B: Backend>(
+    backend: &B,
+    golden: &Golden,
+    spec: EngineSpec,
+    policy: TokenPolicy,
+) -> (BTreeMap<usize, LayerMoments>, Totals) {
+    let sink = MomentSink::new(&spec.layers, golden.spec.hidden_size);
+    let mut sink = sink.counting(policy, spec.gradients);
     let mut engine = Engine::new(backend, &golden.spec, &golden.tensors, spec);
     let mut totals = Totals::default();
     for pass in &golden.passes {

@@ -180,9 +180,10 @@ pub fn positions(lengths: &[usize], stride: usize, first: usize) -> Positions {
     let samples = lengths.iter().zip(10..).map(|(length, sample)| {
         end += length;
         let all = end - length..end;
-        let runs = match (stride, all.start + first) {
-            (1, from) => vec![from..end].into_iter().filter(|run| !run.is_empty()).collect(),
-            (_, from) => (from..end).step_by(stride).map(|row| row..row + 1).collect(),
+        let from = all.start + first;
+        let runs = match stride {
+            1 => (from < end).then_some(from..end).into_iter().collect(),
+            _ => (from..end).step_by(stride).map(|row| row..row + 1).collect(),
         };
         SampleRows { sample, all, runs }
     });
