@@ -292,6 +292,7 @@ impl Plan {
             num_samples,
             slow_weights: weight_bytes > free_bytes,
             budget_bytes,
+            choice_bytes: counting.bytes_per_token(),
             features: sae.as_ref().map(|sae| sae.needs(quantity, args.aggregation_mode)).as_ref(),
         })?;
         memory.set(&mut engine);

@@ -1,6 +1,7 @@
 //! Which tokens count: the flags, and what they come to with a tokenizer.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::Plan;
 use crate::cli::PolicyArgs;
@@ -69,6 +70,11 @@ impl Counting {
             special: self.skip_special.ids(specials),
             norms: self.max_norm_ratio.map(|ratio| NormRule { ratio, ..NormRule::default() }),
         }
+    }
+
+    /// What a chunk takes for each token besides: the run that a row may be by itself, and its norm.
+    pub(super) fn bytes_per_token(&self) -> u64 {
+        if self.is_all() { 0 } else { (size_of::<Range<usize>>() + size_of::<f64>()) as u64 }
     }
 
     /// Whether every token counts.
