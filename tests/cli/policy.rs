@@ -104,10 +104,8 @@ fn cuts_show_nowhere() {
     let dir = Dir::with("mistral");
     let corpus = dir.read("model/corpus.jsonl");
     dir.write("many.jsonl", corpus.repeat(9));
-    let all = format!(
-        "--dataset many.jsonl --aggregate_by gradients --skip_special all --max_norm_ratio 1.1 --skip_first 1 \
-         --position_stride 2 --save_outputs --output_dir"
-    );
+    let all = "--dataset many.jsonl --aggregate_by gradients --skip_special all --max_norm_ratio 1.1 --skip_first 1 \
+               --position_stride 2 --save_outputs --output_dir";
     let run = |parent: &str, flags: &str| {
         dir.ok(&format!("layer --model_name model {all} {parent} {flags}"));
         let folder = dir.made(parent);
