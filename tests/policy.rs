@@ -113,8 +113,12 @@ fn check(found: &Moments, wanted: &Moments, what: &str) {
 
 /// Why a token is left out, said anew: position in its sample, id, norm and limit.
 fn reason(policy: &TokenPolicy, position: usize, id: u32, norm: f64, limit: f64) -> Option<usize> {
-    let broken =
-        [position % policy.stride != 0, position < policy.first, policy.special.contains(&id), norm > limit];
+    let broken = [
+        !position.is_multiple_of(policy.stride),
+        position < policy.first,
+        policy.special.contains(&id),
+        norm > limit,
+    ];
     broken.iter().position(|broken| *broken)
 }
 
