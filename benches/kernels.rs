@@ -15,6 +15,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_gr
 use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::backend::{
     Backend, Chunk, FeatureSums, FeatureValues, Moments, Place, Positions, SaeBackend, SaeGradient,
+    SampleRows,
 };
 use gradlens::model::op::{Attention, RmsNorm};
 use gradlens::model::sae::{FeatureMatrix, InputNorm, SaeActivation, SaeWeights};
@@ -227,11 +228,11 @@ fn sae(c: &mut Criterion) {
     let mut group = group(c, "sae");
     let rows = 1024;
     let [x, dx] = [(); 2].map(|()| random.activation(&cpu, rows, HIDDEN));
-    let at = Positions {
-        samples: (0..8).map(|s| (s as u64, s * 128..(s + 1) * 128)).collect(),
-        stride: 1,
-        first: 0,
+    let whole = |s: usize| {
+        let all = s * 128..(s + 1) * 128;
+        SampleRows { sample: s as u64, all: all.clone(), runs: Vec::from([all]) }
     };
+    let at = Positions { samples: (0..8).map(whole).collect() };
     let product = (2 * rows * FEATURES * HIDDEN) as u64;
     for (name, dtype, features_first) in
         [("f32", Dtype::F32, true), ("f32_dims_first", Dtype::F32, false), ("bf16", Dtype::BF16, true)]

@@ -207,3 +207,36 @@ extern "C" __global__ void __launch_bounds__(ACCUMULATE_THREADS) moments_accumul
   *sum = total;
   if (s != MAX_ABS) *rest = left;
 }
+
+// ---- squares of rows --------------------------------------------------------------------------------
+
+constexpr int ROW_WARPS = 4;  // of a block, a row each
+
+// Σv² of each row in float64: squares[row]. Lane i adds columns i, i + 32, …, then the lanes are added as a tree: the
+// order is that of the width alone, and a product of two float32 numbers is exact, so a row has at most
+// ceil(width / 32) + 5 roundings of 2⁻⁵³. values [rows, width].
+// Grid ceil(rows / 4), block 128.
+template <class T>
+__device__ __forceinline__ void squares_of_row(
+    const T* __restrict__ values, int rows, int width, double* squares) {
+  const int row = blockIdx.x * ROW_WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (row >= rows) return;
+  const T* from = values + (i64)row * width;
+  double sum = 0.;
+  for (int column = lane; column < width; column += 32) {
+    const double value = to_float(from[column]);
+    sum += value * value;
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes >>= 1) sum += __shfl_xor_sync(FULL_WARP, sum, lanes);
+  if (lane == 0) squares[row] = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) row_squares_f32(
+    const float* __restrict__ values, int rows, int width, double* squares) {
+  squares_of_row(values, rows, width, squares);
+}
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) row_squares_bf16(
+    const bf16* __restrict__ values, int rows, int width, double* squares) {
+  squares_of_row(values, rows, width, squares);
+}

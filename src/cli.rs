@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 
 use crate::backend::SaeGradient;
 use crate::engine::LossReduction;
-use crate::stats::Quantity;
+use crate::stats::{Quantity, SkipSpecial};
 use crate::transform::{AggregationMode, NormaliseMode};
 use crate::weights::sae::LlamaScopeConvention;
 
@@ -77,6 +77,10 @@ pub struct LayerArgs {
     /// Longest sample in tokens, special tokens included; the rest is cut off
     #[arg(long, default_value_t = 128, value_name = "TOKENS", help_heading = "Texts")]
     pub max_length: usize,
+
+    /// Which tokens count.
+    #[command(flatten)]
+    pub policy: PolicyArgs,
 
     /// What to aggregate: the values, or the gradients of the loss with respect to them
     #[arg(long, default_value = "values", value_parser = of_dimensions(), help_heading = "Analysis")]
@@ -182,10 +186,6 @@ pub struct SaeArgs {
     #[arg(long, default_value = "error", value_name = "HOW", help_heading = "SAEs")]
     pub sae_splice: SaeSplice,
 
-    /// Use every N-th position of each sample, from position 0 on
-    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "SAEs")]
-    pub position_stride: usize,
-
     /// Factor s of the input of SAELens SAEs that were trained on scaled activations (`expected_average_only_in`), where
     /// the factor is not in their files
     #[arg(long, value_name = "S", allow_hyphen_values = true, help_heading = "SAEs")]
@@ -275,6 +275,28 @@ pub struct TextArgs {
     /// Samples to use, counted after --min_chars
     #[arg(long, default_value_t = 500, value_name = "N", help_heading = "Texts")]
     pub num_samples: usize,
+}
+
+/// Which tokens are counted. The others still take part in attention and in the loss.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct PolicyArgs {
+    /// Count every N-th position of each sample, from position 0 on
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Tokens")]
+    pub position_stride: usize,
+
+    /// Leave out the first N positions of each sample
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Tokens")]
+    pub skip_first: usize,
+
+    /// Leave out the token that starts texts (BOS) wherever it stands, or all special tokens of the tokenizer
+    #[arg(long, default_value = "none", value_name = "WHICH", help_heading = "Tokens")]
+    pub skip_special: SkipSpecial,
+
+    /// In each layer, leave out tokens whose value there is longer (L2 norm) than R times the median of the tokens that
+    /// the other rules leave of the first 64 samples
+    #[arg(long, value_name = "R", allow_hyphen_values = true, help_heading = "Tokens")]
+    pub max_norm_ratio: Option<f64>,
 }
 
 /// The dataset of the scripts.

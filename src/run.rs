@@ -1,6 +1,8 @@
 //! Plan → results: the only file that sees every stage.
 
+mod calibrate;
 mod closing;
+mod counting;
 mod features;
 mod on_cuda;
 mod record;
@@ -16,9 +18,10 @@ use crate::interrupt::Interrupt;
 use crate::model::op::Site;
 use crate::output::{self, Log, OutputSpec, Target, Timing, Unit};
 use crate::plan::Plan;
-use crate::source::{self, Passes, SourceCounts, TextCounts, nothing_kept};
+use crate::source::{self, Passes, SourceCounts, TextCounts, Tokens, nothing_kept};
 use crate::stats::Direction;
 use crate::units::thousands;
+use calibrate::Ahead;
 
 /// Runs a plan from its texts to its files, saying on `log` what happens.
 ///
@@ -70,28 +73,39 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let opening = Instant::now();
     let bar = log.bar("reading texts", Unit::Texts, None);
     let tokens = plan.open_tokens()?;
-    if let Some(note) = tokens.note() {
-        log.warn(note);
-    }
+    say_of(&tokens, plan, log);
+    let mut policy = plan.counting.policy(tokens.specials());
     let passes = Passes::start(plan.open_texts()?, tokens, plan.passes);
-    let mut passes = passes.interruptible(interrupt.clone());
-    let mut next = passes.next().transpose()?;
+    let mut passes = Ahead::new(passes.interruptible(interrupt.clone()));
+    let mut next = passes.next()?;
     if next.is_none() {
         check_counts(plan, &passes.counts(), &Totals::default())?;
     }
     let mut preparation_s = opening.elapsed().as_secs_f64();
     drop(bar);
 
+    let cpu = Cpu::<f32>::new();
+    let calibrating = Instant::now();
+    let is_measured = policy.norms.is_some();
+    if let Some(first) = next.take_if(|_| is_measured) {
+        let _bar = log.bar("measuring norms", Unit::Samples, None);
+        calibrate::calibrate(plan, &cpu, &mut policy, &mut passes, first, interrupt)?;
+        next = passes.next()?;
+    }
+    let calibration_s = calibrating.elapsed().as_secs_f64();
+
     let loading = Instant::now();
     let bar = log.bar("loading the model", Unit::Bytes, None);
-    let cpu = Cpu::<f32>::new();
-    let mut work = work::start(plan, &cpu, interrupt)?;
+    let mut work = work::start(plan, &cpu, &policy, interrupt)?;
     if let Some(download_s) = plan.download_s {
         timing.set("download", download_s);
     }
     timing.set("model_loading", loading.elapsed().as_secs_f64());
     if let Some(sae) = &plan.sae {
         timing.set("sae_loading", sae.loading_s);
+    }
+    if is_measured {
+        timing.set("calibration", calibration_s);
     }
     drop(bar);
 
@@ -111,7 +125,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
         bar.set(done.samples);
         bar.detail(format!("{} tokens/s", thousands((done.tokens as f64 / compute_s) as u64)));
         let waiting = Instant::now();
-        next = passes.next().transpose()?;
+        next = passes.next()?;
         let waited_s = waiting.elapsed().as_secs_f64();
         *(if work.goes_on() { &mut compute_s } else { &mut preparation_s }) += waited_s;
     }
@@ -127,6 +141,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let counts = passes.counts();
     let totals = work.totals();
     check_counts(plan, &counts, totals)?;
+    counting::check(plan, &results, totals)?;
     warn_of_few(&counts.texts, plan, log);
     let direction = if plan.engine.gradients { Direction::Gradients } else { Direction::Values };
     let bar = log.bar("writing results", Unit::Bytes, None);
@@ -134,7 +149,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     let shown = results.features().map(|layers| Ok((layers, plan.open_tokens()?))).transpose()?;
     let mut records = Vec::new();
     for (site, target) in &mut targets {
-        let (mut record, tables) = record::record(plan, *site, &counts, totals, &results, &timing, log);
+        let (mut record, tables) =
+            record::record(plan, *site, &policy, &counts, totals, &results, &timing, log);
         let warning = closing::sink_warning(&results.dimensions(*site), direction);
         warning.iter().for_each(|warning| log.warn(&closing::at_site(plan, *site, warning)));
         output::write_arrays(target, &mut record)?;
@@ -150,6 +166,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     drop(bar);
 
     log.out(&closing::summary(&counts, totals, compute_s));
+    counting::summary(plan, &results).iter().for_each(|left_out| log.out(left_out));
     if let (Some(sae), Some(layers)) = (&plan.sae, results.features()) {
         features::show_fit(sae, layers, totals, log);
     }
@@ -170,8 +187,8 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
 
 /// Prints the plan and what the dataset holds.
 fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
-    if let Some(note) = plan.tokens_note()? {
-        log.warn(&note);
+    if plan.has_tokenizer() {
+        say_of(&plan.open_tokens()?, plan, log);
     }
     let to_come = plan.texts_to_download();
     let Some(texts) = plan.open_texts_here()? else {
@@ -201,6 +218,12 @@ fn dry_run(plan: &Plan, log: &Log, interrupt: &Interrupt) -> Result<()> {
         log.out(&format!("             and {files}"));
     }
     Ok(())
+}
+
+/// Says what is odd about the tokenizer, and about what is counted.
+fn say_of(tokens: &Tokens, plan: &Plan, log: &Log) {
+    tokens.note().iter().for_each(|note| log.warn(note));
+    plan.counting_warnings(tokens.specials()).iter().for_each(|warning| log.warn(warning));
 }
 
 /// Says so where the dataset has fewer texts than asked for.

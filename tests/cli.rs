@@ -4,6 +4,7 @@
 //! * `doctor`: what it finds, and what stands in the way of a job
 //! * `results`: which files a run writes and what is in them
 //! * `sae`: runs over SAE features, and what they write
+//! * `policy`: which tokens count
 //! * `same_bytes`: what must not change a result, and what must
 //! * `screen`: what is printed, and what is kept for the file alone
 //! * `interrupt`: Ctrl-C and `kill`
@@ -29,6 +30,8 @@ mod help;
 #[cfg(unix)]
 #[path = "cli/interrupt.rs"]
 mod interrupt;
+#[path = "cli/policy.rs"]
+mod policy;
 #[path = "cli/results.rs"]
 mod results;
 #[path = "cli/sae.rs"]

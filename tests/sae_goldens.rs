@@ -17,7 +17,7 @@ use gradlens::backend::cpu::Cpu;
 use gradlens::backend::{Moments, Place, SaeGradient};
 use gradlens::engine::{Engine, EngineSpec, LossReduction, Totals};
 use gradlens::model::op::Site;
-use gradlens::stats::{LayerFeatures, Quantity, SaeSink, SaeSpec};
+use gradlens::stats::{LayerFeatures, Quantity, SaeSink, SaeSpec, TokenPolicy};
 use gradlens::weights::sae::{self, LlamaScopeConvention, SaeOptions};
 use serde_json::Value;
 
@@ -72,13 +72,7 @@ impl Case {
             assert_eq!(sae.weights.num_features() as u64, self.about["features"].as_u64().unwrap());
             (layer, sae.weights)
         };
-        SaeSpec {
-            saes: [1, 3].map(open).into(),
-            quantity,
-            gradient,
-            signed_sums_alone: false,
-            position_stride: 1,
-        }
+        SaeSpec { saes: [1, 3].map(open).into(), quantity, gradient, signed_sums_alone: false }
     }
 }
 
@@ -93,9 +87,10 @@ struct How {
     spliced: bool,
     reduction: LossReduction,
     chunk_tokens: usize,
+    stride: usize,
 }
 
-const ERROR: How = How { spliced: false, reduction: LossReduction::Sample, chunk_tokens: 1024 };
+const ERROR: How = How { spliced: false, reduction: LossReduction::Sample, chunk_tokens: 1024, stride: 1 };
 const REPLACE: How = How { spliced: true, ..ERROR };
 
 fn run(cpu: &Cpu<f32>, golden: &Golden, spec: SaeSpec, how: How) -> Run {
@@ -109,7 +104,8 @@ fn run(cpu: &Cpu<f32>, golden: &Golden, spec: SaeSpec, how: How) -> Run {
         resident_layers: usize::MAX,
     };
     let mut engine = Engine::new(cpu, &golden.spec, &golden.tensors, engine);
-    let mut sink = SaeSink::new(spec);
+    let policy = TokenPolicy { stride: how.stride, ..TokenPolicy::default() };
+    let mut sink = SaeSink::new(spec).counting(policy);
     let mut totals = Totals::default();
     for pass in &golden.passes {
         let run = match how.spliced {
@@ -265,9 +261,8 @@ fn every_third_position() {
     let golden = samples(1 << 20);
     let case = Case::named("dl_batchtopk");
     for (how, prefix) in [(ERROR, ""), (REPLACE, "replace.")] {
-        let mut spec = case.spec(Quantity::Attribution, SaeGradient::All);
-        spec.position_stride = 3;
-        let run = run(&Cpu::new(), &golden, spec, how);
+        let spec = case.spec(Quantity::Attribution, SaeGradient::All);
+        let run = run(&Cpu::new(), &golden, spec, How { stride: 3, ..how });
         for (layer, LayerFeatures { sums, .. }) in &run.layers {
             for (what, sums) in [("gradients", &sums.gradients), ("attribution", &sums.attribution)] {
                 let sums = sums.as_ref().unwrap();
@@ -288,9 +283,9 @@ fn the_scripts_numbers() {
     let of = |key: &str| scripts[key].as_u64().unwrap() as usize;
     let golden = load("qwen2", "full.jsonl", of("max_length"), 1 << 20, of("batch_size"));
     let expected = Expected::read(&case.folder.join("expected_scripts.safetensors"));
-    let mut spec = case.spec(Quantity::Gradients, SaeGradient::All);
-    spec.position_stride = of("position_stride");
-    let how = How { reduction: LossReduction::Batch, ..REPLACE };
+    let spec = case.spec(Quantity::Gradients, SaeGradient::All);
+    let stride = of("position_stride");
+    let how = How { reduction: LossReduction::Batch, stride, ..REPLACE };
     let run = run(&Cpu::new(), &golden, spec, how);
     for (layer, LayerFeatures { sums, .. }) in &run.layers {
         let values = &sums.values.as_ref().unwrap().moments;

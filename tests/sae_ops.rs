@@ -8,10 +8,14 @@ mod common;
 #[path = "sae_ops/reference.rs"]
 mod reference;
 
+use std::ops::Range;
+
 use check::*;
 use common::{relative_l2, tensor};
 use gradlens::backend::cpu::Cpu;
-use gradlens::backend::{FeatureSums, Fit, Moments, NonFinite, Place, Positions, SaeBackend, SaeGradient};
+use gradlens::backend::{
+    FeatureSums, Fit, Moments, NonFinite, Place, Positions, SaeBackend, SaeGradient, SampleRows,
+};
 use gradlens::model::Dtype;
 use gradlens::model::sae::{InputNorm, SaeActivation, SaeWeights};
 use reference::{Reference, positions, random_sae, rows_of};
@@ -84,10 +88,25 @@ fn nothing_chosen_adds_nothing() {
 }
 
 #[test]
+fn any_rows_of_a_sample() {
+    // Of the samples all but the ends, nothing, the ends, one in the middle.
+    let mut at = positions(&[6, 3, 5, 9], 1, 0);
+    for (sample, runs) in [(0, &[(1, 5)][..]), (1, &[]), (2, &[(9, 11), (13, 14)]), (3, &[(18, 19)])] {
+        at.samples[sample].runs = runs.iter().map(|&(start, end)| start..end).collect();
+    }
+    assert_eq!((at.count(1), at.count(6)), (8, 5));
+    for activation in activations(SHAPE.0) {
+        let sae = random_sae(3, SHAPE, activation, InputNorm::LayerNorm, true, Dtype::F32);
+        check(&Cpu::<f64>::new(), "any rows", &sae, &at, FLOAT64);
+    }
+}
+
+#[test]
 fn cuts_into_chunks_change_no_byte() {
     // More than a block of tokens.
     let lengths = [300, 1, 700, 7, 90];
-    let at = positions(&lengths, 1, 0);
+    let mut at = positions(&lengths, 1, 0);
+    at.samples[2].runs = vec![301..640, 641..645, 700..1001];
     let [x, dx] = inputs(&at, SHAPE.1, 6);
     for cpu in [Cpu::<f32>::new(), Cpu::<f32>::with_multiply_adds()] {
         for activation in activations(SHAPE.0) {
@@ -98,10 +117,14 @@ fn cuts_into_chunks_change_no_byte() {
                 let mut parts = nothing(SHAPE.0);
                 let mut parts_spliced = Vec::new();
                 for samples in at.samples.chunks(cut) {
-                    let (start, end) = (samples[0].1.start, samples.last().unwrap().1.end);
-                    let moved =
-                        samples.iter().map(|(number, rows)| (*number, rows.start - start..rows.end - start));
-                    let at = Positions { samples: moved.collect(), ..at.clone() };
+                    let (start, end) = (samples[0].all.start, samples.last().unwrap().all.end);
+                    let moved = |rows: &Range<usize>| rows.start - start..rows.end - start;
+                    let samples = samples.iter().map(|of| SampleRows {
+                        sample: of.sample,
+                        all: moved(&of.all),
+                        runs: of.runs.iter().map(moved).collect(),
+                    });
+                    let at = Positions { samples: samples.collect() };
                     let rows = start * SHAPE.1..end * SHAPE.1;
                     let inputs = [&x[rows.clone()], &dx[rows]];
                     parts_spliced.extend(everything(&cpu, &sae, &at, inputs, &mut parts));
@@ -216,7 +239,7 @@ fn of_equal_features_the_lower_index_fires() {
             .unwrap()
             .unwrap();
         let half = SHAPE.0 / 2;
-        let count = |features: std::ops::Range<usize>| values.fired[features].iter().sum::<u64>();
+        let count = |features: Range<usize>| values.fired[features].iter().sum::<u64>();
         // The feature without a twin may fire too.
         let (lower, upper) = (count(0..half), count(half..2 * half));
         assert!(lower > upper && lower - upper <= 34, "{lower} and {upper}");

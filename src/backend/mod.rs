@@ -13,7 +13,7 @@ mod sae;
 
 use std::ops::Range;
 
-pub use sae::{FeatureSums, FeatureValues, Fit, Place, Positions, SaeBackend, SaeGradient};
+pub use sae::{FeatureSums, FeatureValues, Fit, Place, Positions, SaeBackend, SaeGradient, SampleRows};
 
 use crate::error::Result;
 use crate::model::op::{Attention, Block, Fused, RmsNorm, Site, Weight};
@@ -404,8 +404,8 @@ pub trait Backend: Lower {
 
     /// Sums over nothing yet.
     fn new_moments(&self, width: usize) -> Result<Self::Moments>;
-    /// Adds the rows of each sample in `samples` (ranges of rows) to `into`. Samples are summed by themselves,
-    /// so the result is the same for any cut into chunks.
+    /// Adds the rows of each range in `samples`, a sample or a run of its rows, to `into`. Each is summed by itself, so
+    /// the result is the same for any cut into chunks.
     fn moments(
         &self,
         x: &Self::Buf,
@@ -416,6 +416,10 @@ pub trait Backend: Lower {
     fn is_finite(&self, finite: Self::Finite) -> Result<Result<(), NonFinite>>;
     /// The sums, after waiting for them.
     fn read_moments(&self, moments: &Self::Moments) -> Result<Moments>;
+
+    /// ‖x‖₂ of each row, summed in float64, after waiting for it: a row's does not depend on the others. x `[N, width]`
+    /// → `[N]`
+    fn row_norms(&self, x: &Self::Buf) -> Result<Vec<f64>>;
 }
 
 #[cfg(test)]

@@ -7,30 +7,40 @@ use super::{Backend, Moments, NonFinite};
 use crate::error::Result;
 use crate::model::sae::SaeWeights;
 
-/// Which tokens of a chunk are looked at: of each sample the positions `first`, `first + stride`, …
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Which rows of a chunk are looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Positions {
-    /// Index in the corpus and rows of each sample.
-    pub samples: Vec<(u64, Range<usize>)>,
-    /// Distance between positions, at least 1.
-    pub stride: usize,
-    /// First position of each sample, from 0.
-    pub first: usize,
+    /// Of each sample, in the order of the chunk; of some perhaps none.
+    pub samples: Vec<SampleRows>,
+}
+
+/// Which rows of one sample are looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleRows {
+    /// Index in the corpus, among kept texts.
+    pub sample: u64,
+    /// All rows of the sample in the chunk.
+    pub all: Range<usize>,
+    /// Those that are looked at: ascending, none of them empty, with rows between them that are not.
+    pub runs: Vec<Range<usize>>,
+}
+
+impl SampleRows {
+    /// The chosen rows.
+    pub fn rows(&self) -> impl Iterator<Item = usize> + use<'_> {
+        self.runs.iter().cloned().flatten()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.runs.iter().map(|run| run.len() as u64).sum()
+    }
 }
 
 impl Positions {
-    /// The chosen rows, by sample.
-    pub fn rows(&self) -> impl Iterator<Item = impl Iterator<Item = usize> + use<'_>> {
-        self.samples.iter().map(|(_, rows)| rows.clone().skip(self.first).step_by(self.stride))
-    }
-
-    /// Tokens looked at in samples of at least `shortest` tokens.
+    /// Rows looked at in samples of at least `shortest` tokens.
     pub fn count(&self, shortest: usize) -> u64 {
-        let chosen = |(_, rows): &(u64, Range<usize>)| match rows.len() >= shortest {
-            true => rows.len().saturating_sub(self.first).div_ceil(self.stride) as u64,
-            false => 0,
-        };
-        self.samples.iter().map(chosen).sum()
+        self.samples.iter().filter(|rows| rows.all.len() >= shortest).map(SampleRows::count).sum()
     }
 }
 

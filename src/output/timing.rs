@@ -6,7 +6,7 @@ use std::fmt::Write;
 /// Seconds by name, in the order in which they are shown.
 ///
 /// Overall names of the contract: `model_loading`, `dataset_preparation`, `total_runtime`; ours beside them:
-/// `download` (the weights), `compute` (the engine's passes). Per layer: `gradient_computation`, `plots`, `save_data`, `total`. Other names are
+/// `download` (the weights), `calibration` (the norms of the first samples), `compute` (the engine's passes). Per layer: `gradient_computation`, `plots`, `save_data`, `total`. Other names are
 /// welcome: they are shown as they come.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Timing {

@@ -4,9 +4,11 @@ use super::Plan;
 use super::checkpoint::ModelFiles;
 use crate::backend::SaeGradient;
 use crate::cli::{
-    AggregateBy, DemoArgs, DtypeArg, LayerArgs, MachineArgs, ModelArgs, SaeArgs, SaeSplice, TextArgs,
+    AggregateBy, DemoArgs, DtypeArg, LayerArgs, MachineArgs, ModelArgs, PolicyArgs, SaeArgs, SaeSplice,
+    TextArgs,
 };
 use crate::engine::LossReduction;
+use crate::stats::SkipSpecial;
 use crate::transform::{AggregationMode, NormaliseMode};
 use crate::weights::sae::LlamaScopeConvention;
 
@@ -27,6 +29,12 @@ impl DemoArgs {
                 num_samples: self.num_samples,
             },
             max_length: 128,
+            policy: PolicyArgs {
+                position_stride: 1,
+                skip_first: 0,
+                skip_special: SkipSpecial::None,
+                max_norm_ratio: None,
+            },
             aggregate_by: AggregateBy::Gradients,
             aggregation_mode: AggregationMode::Both,
             power: None,
@@ -60,7 +68,6 @@ impl DemoArgs {
             sae_revision: "main".into(),
             sae_gradient: SaeGradient::All,
             sae_splice: SaeSplice::Error,
-            position_stride: 1,
             sae_norm_scale: None,
             llamascope_convention: LlamaScopeConvention::Native,
         }

@@ -78,6 +78,8 @@ pub struct Demand<'a> {
     pub slow_weights: bool,
     /// Bytes the run may take.
     pub budget_bytes: u64,
+    /// What choosing tokens takes for each token of a chunk, in bytes.
+    pub choice_bytes: u64,
     /// What SAEs take, if there are any.
     pub features: Option<&'a SaeNeeds>,
 }
@@ -112,7 +114,8 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
             false => 0,
         };
         let features = demand.features.map_or(0, |needs| needs.workspace_bytes(chunk));
-        constant + chunk as u64 * peak + backend.product_workspace_bytes(widest, chunk) + loss + features
+        let of_tokens = chunk as u64 * (peak + demand.choice_bytes);
+        constant + of_tokens + backend.product_workspace_bytes(widest, chunk) + loss + features
     };
     let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
@@ -308,6 +311,7 @@ mod tests {
             max_length: 128,
             max_positions: 2048,
             num_samples: 1_000_000,
+            choice_bytes: 0,
             slow_weights: true,
             budget_bytes,
             features: None,

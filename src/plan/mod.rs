@@ -10,6 +10,7 @@ mod fits;
 mod layers;
 mod machine;
 mod memory;
+mod policy;
 mod preload;
 mod saes;
 mod show;
@@ -25,6 +26,7 @@ pub use device::Devices;
 pub use doctor::doctor;
 pub use fetch::Fetcher;
 pub use memory::Memory;
+pub use policy::Counting;
 pub use preload::preload;
 pub use saes::SaePlan;
 
@@ -62,6 +64,8 @@ pub struct Plan {
     pub texts: TextSpec,
     /// Longest sample, in tokens.
     pub max_length: usize,
+    /// Which tokens count.
+    pub counting: Counting,
     /// `--batch_size`.
     pub batch_size: usize,
     /// How samples are packed.
@@ -147,6 +151,7 @@ impl Plan {
             at_most_int(flag, tokens.unwrap_or(1))?;
         }
         at_least_one("--tokens_per_pass", args.tokens_per_pass.unwrap_or(1))?;
+        let counting = Counting::new(&args.policy, args.max_length)?;
         at_least_one("--threads", args.machine.threads.unwrap_or(1))?;
         let threads = args.machine.threads.unwrap_or_else(num_cores);
         use_threads(threads)?;
@@ -311,6 +316,7 @@ impl Plan {
             num_samples,
             slow_weights: weight_bytes > free_bytes,
             budget_bytes,
+            choice_bytes: counting.bytes_per_token(),
             features: None,
         };
         let fits = if sae.is_none() { fits::fits(&demand) } else { Vec::new() };
@@ -320,6 +326,7 @@ impl Plan {
         Ok(Self {
             texts,
             max_length: args.max_length,
+            counting,
             batch_size: args.batch_size,
             passes: PassSpec {
                 tokens_per_pass: memory.tokens_per_pass,
@@ -375,15 +382,9 @@ impl Plan {
         self.corpus.settle()
     }
 
-    /// What is to be said of the tokenizer before it is used; nothing of one that a dry run can do without.
-    ///
-    /// # Errors
-    /// A tokenizer that cannot be read.
-    pub fn tokens_note(&self) -> Result<Option<String>> {
-        if self.dry_run && self.files.is_bare() && !self.files.has_tokenizer() {
-            return Ok(None);
-        }
-        Ok(self.open_tokens()?.note().map(str::to_owned))
+    /// Whether there is a tokenizer; a dry run of config.json alone can do without.
+    pub fn has_tokenizer(&self) -> bool {
+        !(self.dry_run && self.files.is_bare() && !self.files.has_tokenizer())
     }
 
     /// Loads the tokenizer.

@@ -17,7 +17,6 @@ use crate::error::{Error, Result};
 use crate::model::op::Site;
 use crate::model::sae::SaeWeights;
 use crate::model::{Config, Spec};
-use crate::output::report::every;
 use crate::stats::{Quantity, SaeSpec};
 use crate::transform::AggregationMode;
 use crate::units::{size, thousands};
@@ -47,8 +46,6 @@ pub struct SaePlan {
     pub gradient: SaeGradient,
     /// `--sae_splice`.
     pub splice: SaeSplice,
-    /// `--position_stride`.
-    pub position_stride: usize,
 }
 
 /// Which SAEs are meant: known before anything large is brought.
@@ -81,12 +78,6 @@ impl SaeChoice {
     /// cannot be looked at.
     pub fn find(args: &SaeArgs, model: &Config, spec: &Spec, fetcher: &Fetcher) -> Result<Self> {
         let started = Instant::now();
-        if args.position_stride == 0 {
-            return Err(Error::usage("a number is too small")
-                .at("--position_stride")
-                .expected("1 or more: every position, every second one, and so forth")
-                .found(0));
-        }
         if let Some(scale) = args.sae_norm_scale.filter(|scale| !(scale.is_finite() && *scale > 0.0)) {
             return Err(Error::usage("the scale cannot be used")
                 .at("--sae_norm_scale")
@@ -193,7 +184,6 @@ impl SaePlan {
             site,
             gradient: args.sae_gradient,
             splice: args.sae_splice,
-            position_stride: args.position_stride,
         }
     }
 }
@@ -208,7 +198,6 @@ impl SaePlan {
             signed_sums_alone: quantity == Quantity::Gradients
                 && self.gradient == SaeGradient::All
                 && mode == AggregationMode::Mean,
-            position_stride: self.position_stride,
         }
     }
 
@@ -217,17 +206,20 @@ impl SaePlan {
         let of = |(layer, sae): (&usize, &Sae)| -> Vec<String> {
             sae.about.notes.iter().map(|note| format!("SAE of layer {layer}: {note}")).collect()
         };
-        let mut notes: Vec<String> = self.saes.iter().flat_map(of).collect();
-        let without: Vec<usize> =
-            self.saes.iter().filter(|(_, sae)| sae.about.without_bos).map(|(layer, _)| *layer).collect();
-        if !without.is_empty() {
-            notes.push(format!(
+        self.saes.iter().flat_map(of).collect()
+    }
+
+    /// What to say where the first token of texts is counted.
+    pub(super) fn first_token_warning(&self) -> Option<String> {
+        let without = self.saes.iter().filter(|(_, sae)| sae.about.without_bos);
+        let without: Vec<usize> = without.map(|(layer, _)| *layer).collect();
+        (!without.is_empty()).then(|| {
+            format!(
                 "the SAEs of layers {} were trained without the first token of texts (BOS), where their features mean \
-                 nothing; position 0 of each sample is counted all the same",
+                 nothing; position 0 of each sample is counted all the same: --skip_first 1 leaves it out",
                 ranges(&without)
-            ));
-        }
-        notes
+            )
+        })
     }
 
     /// What is odd about the SAEs, and flags that change nothing.
@@ -345,11 +337,7 @@ impl fmt::Display for SaePlan {
             kinds.join("; "),
             size(bytes.iter().sum())
         )?;
-        write!(f, "up to {}", size(most))?;
-        match self.position_stride {
-            1 => Ok(()),
-            stride => write!(f, "; {} position", every(stride)),
-        }
+        write!(f, "up to {}", size(most))
     }
 }
 

@@ -54,6 +54,9 @@ impl fmt::Display for Plan {
                 thousands(self.max_length as u64)
             ),
         )?;
+        if !self.counting.is_all() {
+            row("counted", self.counting.to_string())?;
+        }
         row("device", self.device())?;
         row("pass", self.pass())?;
         let m = &self.memory;

@@ -52,7 +52,7 @@ pub(super) fn facts(plan: &Plan, sae: &SaePlan, layers: &Layers, totals: &Totals
         "revision": sae.commit,
         "gradient": plan.engine.gradients.then(|| sae.gradient.name()),
         "splice": plan.engine.gradients.then(|| if sae.is_spliced(plan.quantity) { "replace" } else { "error" }),
-        "position_stride": sae.position_stride,
+        "position_stride": plan.counting.position_stride,
         "layers": each.collect::<Map<_, _>>(),
     })
 }

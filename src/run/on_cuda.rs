@@ -16,7 +16,7 @@ use crate::model::op::Site;
 use crate::model::{Spec, Tensor};
 use crate::plan::Plan;
 use crate::source::Pass;
-use crate::stats::{LayerMoments, MomentSink, SiteMoments};
+use crate::stats::{LayerMoments, MomentSink, SiteMoments, TokenPolicy};
 
 /// What a device's thread is given.
 struct Job {
@@ -25,6 +25,7 @@ struct Job {
     spec: Spec,
     tensors: Vec<Tensor>,
     engine: EngineSpec,
+    policy: TokenPolicy,
     interrupt: Interrupt,
     /// What the device's memory is for.
     planned: String,
@@ -56,7 +57,7 @@ pub(super) struct OnCuda {
 }
 
 impl OnCuda {
-    /// Opens the devices and loads the model on each.
+    /// Opens the devices and loads the model on each. `policy`: which tokens count.
     ///
     /// # Errors
     /// A device that cannot be opened or has no room for the model.
@@ -64,6 +65,7 @@ impl OnCuda {
         plan: &Plan,
         devices: &[CudaSpec],
         lower: CudaLower,
+        policy: &TokenPolicy,
         interrupt: &Interrupt,
     ) -> Result<Self> {
         let (answer, answers) = channel();
@@ -79,6 +81,7 @@ impl OnCuda {
                 spec: plan.spec.clone(),
                 tensors: plan.tensors.clone(),
                 engine: plan.engine.clone(),
+                policy: policy.clone(),
                 interrupt: interrupt.or(&stop),
                 planned: plan.memory.to_string(),
             };
@@ -209,7 +212,7 @@ impl Drop for OnCuda {
 impl Job {
     /// Opens the device and computes passes until there are no more. What fails is among the answers.
     fn run(self, passes: &Receiver<(u64, Pass)>, answers: &Sender<Answer>) {
-        let Self { device, lower, spec, tensors, engine, interrupt, planned } = self;
+        let Self { device, lower, spec, tensors, engine, policy, interrupt, planned } = self;
         let ordinal = device.ordinal;
         let failed = |error: Error| {
             let error = match error.kind() {
@@ -222,9 +225,9 @@ impl Job {
             Ok(backend) => backend.planned_for(planned),
             Err(error) => return failed(error),
         };
-        let widths = engine.widths(&spec);
+        let (widths, gradients) = (engine.widths(&spec), engine.gradients);
         let engine = Engine::new(&backend, &spec, &tensors, engine).interruptible(interrupt);
-        let mut worker = Worker { backend: &backend, engine, widths, answers };
+        let mut worker = Worker { backend: &backend, engine, widths, policy, gradients, answers };
         if let Err(error) = worker.work(passes) {
             // Before the device is closed, which waits for what it is at.
             failed(error);
@@ -238,6 +241,8 @@ struct Worker<'a> {
     engine: Engine<'a, CudaBackend>,
     /// Of each wanted site.
     widths: BTreeMap<(usize, Site), usize>,
+    policy: TokenPolicy,
+    gradients: bool,
     answers: &'a Sender<Answer>,
 }
 
@@ -251,7 +256,8 @@ impl Worker<'_> {
             let ran = match pass {
                 None => before.take(),
                 Some(pass) => {
-                    let mut sink = MomentSink::new(&self.widths);
+                    let sink = MomentSink::new(&self.widths);
+                    let mut sink = sink.counting(self.policy.clone(), self.gradients);
                     let run = self.engine.run(&pass, &mut sink)?;
                     before.replace((number, run, sink))
                 }

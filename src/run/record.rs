@@ -3,8 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use super::closing::Table;
-use super::features;
 use super::results::{Results, Summed};
+use super::{counting, features};
 use crate::backend::Moments;
 use crate::engine::Totals;
 use crate::model::op::Site;
@@ -13,13 +13,14 @@ use crate::output::report::LayerSummary;
 use crate::output::{Log, RunRecord, Timing};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::Quantity;
+use crate::stats::{Quantity, TokenPolicy};
 use crate::transform;
 
 /// Everything the files of `site` hold, and the tables for the screen.
 pub(super) fn record<'a>(
     plan: &Plan,
     site: Site,
+    policy: &TokenPolicy,
     counts: &SourceCounts,
     totals: &Totals,
     results: &'a Results,
@@ -66,7 +67,7 @@ pub(super) fn record<'a>(
         power: plan.transform.power,
         device: plan.devices.name(),
         timestamp: plan.timestamp,
-        extra: facts(plan, site, counts, totals, shares, results),
+        extra: facts(plan, site, policy, counts, totals, shares, results),
         rendered,
         statistics,
         timing,
@@ -124,6 +125,7 @@ fn named<'a>(site: &str, summed: Summed<'a>) -> Vec<(String, Array<'a>)> {
 fn facts(
     plan: &Plan,
     site: Site,
+    policy: &TokenPolicy,
     counts: &SourceCounts,
     totals: &Totals,
     position_0_share: Map<String, Value>,
@@ -158,6 +160,7 @@ fn facts(
         "tokens_per_pass": plan.passes.tokens_per_pass,
         "threads": plan.threads,
         "position_0_share": position_0_share,
+        "token_policy": counting::facts(plan, site, policy, results),
     });
     let mut facts = match facts {
         Value::Object(map) => map,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::backend::{FeatureValues, Moments};
 use crate::model::op::Site;
-use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity, SiteMoments};
+use crate::stats::{Direction, LayerFeatures, LayerMoments, Quantity, SiteMoments, Skipped};
 
 /// Sums of each wanted layer.
 pub(super) enum Results {
@@ -40,6 +40,16 @@ impl Results {
         };
         all.sort_by_key(|summed| summed.quantity);
         all
+    }
+
+    /// What was left out of each layer at `site`, ascending.
+    pub fn skipped(&self, site: Site) -> Vec<(usize, Skipped)> {
+        match self {
+            Self::Dimensions(_) => {
+                self.dimensions(site).into_iter().map(|(layer, sums)| (layer, sums.skipped)).collect()
+            }
+            Self::Features(layers) => layers.iter().map(|(&layer, sums)| (layer, sums.skipped)).collect(),
+        }
     }
 
     /// Of features.

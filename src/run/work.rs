@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::interrupt::Interrupt;
 use crate::plan::{Devices, Plan};
 use crate::source::Pass;
-use crate::stats::{MomentSink, SaeSink};
+use crate::stats::{MomentSink, SaeSink, TokenPolicy};
 
 /// Computes passes, which it is handed in corpus order.
 pub(super) trait Work {
@@ -78,19 +78,27 @@ impl Work for OnCpu<'_> {
     }
 }
 
-/// The devices of `plan`, with the model on them. `cpu`: the CPU, if it is the device.
+/// The devices of `plan`, with the model on them. `cpu`: the CPU, if it is the device; `policy`: which tokens count.
 ///
 /// # Errors
 /// A device that cannot be opened or has no room for the model.
-pub(super) fn start<'a>(plan: &Plan, cpu: &'a Cpu<f32>, interrupt: &Interrupt) -> Result<Box<dyn Work + 'a>> {
+pub(super) fn start<'a>(
+    plan: &Plan,
+    cpu: &'a Cpu<f32>,
+    policy: &TokenPolicy,
+    interrupt: &Interrupt,
+) -> Result<Box<dyn Work + 'a>> {
     if let Devices::Cuda { devices, lower, .. } = &plan.devices {
-        return Ok(Box::new(OnCuda::start(plan, devices, *lower, interrupt)?));
+        return Ok(Box::new(OnCuda::start(plan, devices, *lower, policy, interrupt)?));
     }
     let engine = Engine::new(cpu, &plan.spec, &plan.tensors, plan.engine.clone());
     let sink = match &plan.sae {
-        None => CpuSink::Dimensions(MomentSink::new(&plan.widths())),
+        None => {
+            let sink = MomentSink::new(&plan.widths());
+            CpuSink::Dimensions(sink.counting(policy.clone(), plan.engine.gradients))
+        }
         Some(sae) => {
-            let sink = SaeSink::new(sae.spec(plan.quantity, plan.transform.mode));
+            let sink = SaeSink::new(sae.spec(plan.quantity, plan.transform.mode)).counting(policy.clone());
             match sae.is_spliced(plan.quantity) {
                 true => CpuSink::Spliced(sink),
                 false => CpuSink::Features(sink),

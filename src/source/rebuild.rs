@@ -31,6 +31,8 @@ pub(super) struct Files {
 pub(super) struct Built {
     pub tokenizer: Tokenizer,
     pub direction: TruncationDirection,
+    /// The special tokens that the configuration names: name, token. One without a name has an empty one.
+    pub named: Vec<(String, String)>,
 }
 
 const NAMED: [&str; 7] =
@@ -80,7 +82,9 @@ pub(super) fn build(mut files: Files) -> Result<Built, String> {
         force_bos(&mut tokenizer, wanted.content("bos_token"))?;
     }
     tokenizer.set_encode_special_tokens(split_special);
-    Ok(Built { tokenizer, direction })
+    let extra = wanted.extra.into_iter().map(|token| (String::new(), token.content));
+    let named = wanted.named.into_iter().map(|(name, token)| (name, token.content)).chain(extra).collect();
+    Ok(Built { tokenizer, direction, named })
 }
 
 /// Whether `word` is a string or a key anywhere outside the vocabulary's numbers.

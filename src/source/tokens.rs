@@ -9,6 +9,7 @@ use tokenizers::{Tokenizer, TruncationParams, TruncationStrategy};
 
 use super::panics::caught;
 use super::rebuild::{Built, Files, build};
+use super::special::Specials;
 use crate::error::{Error, Result};
 
 /// The token ids of one text.
@@ -28,6 +29,7 @@ pub struct Tokens {
     /// Where errors say the tokenizer is from.
     name: String,
     note: Option<String>,
+    specials: Specials,
 }
 
 impl Tokens {
@@ -98,7 +100,7 @@ impl Tokens {
                 .hint("AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER) in Python writes it anew")
         };
         // The library asserts some properties of the file instead of checking them.
-        let Built { mut tokenizer, direction } = caught(|| build(files)).flatten().map_err(damaged)?;
+        let Built { mut tokenizer, direction, named } = caught(|| build(files)).flatten().map_err(damaged)?;
         let special = tokenizer.get_post_processor().map_or(0, |post| {
             use tokenizers::PostProcessor;
             post.added_tokens(false)
@@ -117,6 +119,7 @@ impl Tokens {
         }
         tokenizer.with_padding(None);
         let note = note(&tokenizer, &config);
+        let specials = Specials::of(&tokenizer, &named);
         tokenizer
             .with_truncation(Some(TruncationParams {
                 direction,
@@ -125,7 +128,7 @@ impl Tokens {
                 stride: 0,
             }))
             .map_err(|cause| damaged(cause.to_string()))?;
-        Ok(Self { tokenizer, vocab_size, name, note })
+        Ok(Self { tokenizer, vocab_size, name, note, specials })
     }
 
     /// The error for a model at `place` without a tokenizer, with advice after what it has instead.
@@ -142,6 +145,11 @@ impl Tokens {
     /// What the user should know about the special tokens: a setting of tokenizer_config.json that has no effect.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
+    }
+
+    /// The special tokens.
+    pub fn specials(&self) -> &Specials {
+        &self.specials
     }
 
     /// The ids of `texts`, in their order, on all threads.

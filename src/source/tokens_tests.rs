@@ -235,3 +235,28 @@ fn damaged_files_never_panic() {
         }
     }
 }
+
+#[test]
+fn special_tokens_are_those_that_are_marked_or_named() {
+    // Marked in the file; what stands in front is BOS where nothing is named.
+    let specials = |tokenizer: &Value, config: Value, model: Value| {
+        load(tokenizer, config, model, 8).unwrap().specials().clone()
+    };
+    let found = specials(&words(), json!({}), json!({}));
+    assert_eq!(found, Specials { bos: Some(1), in_front: Some(1), all: vec![0, 1] });
+    // A token of the vocabulary that the configuration names, and one that it adds.
+    let named =
+        json!({"bos_token": "</s>", "pad_token": {"content": "b", "special": false}, "eos_token": "<new>"});
+    let found = specials(&words(), named, json!({}));
+    assert_eq!(found, Specials { bos: Some(2), in_front: Some(1), all: vec![0, 1, 2, 5, 9] });
+    // The class's own, and further ones.
+    let mut config = rebuilding();
+    config["additional_special_tokens"] = json!(["a", "<more>"]);
+    let found = specials(&words(), config, json!({}));
+    assert_eq!(found, Specials { bos: Some(1), in_front: Some(1), all: vec![0, 1, 2, 4, 9] });
+    // None at all.
+    let mut bare = words();
+    bare["added_tokens"] = json!([]);
+    bare["post_processor"] = Value::Null;
+    assert_eq!(specials(&bare, json!({"bos_token": null}), json!({})), Specials::default());
+}

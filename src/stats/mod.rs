@@ -1,15 +1,19 @@
-//! Statistics of what the walks show: the [`Sink`] they push to, and per-dimension sums.
+//! Statistics of what the walks show: the [`Sink`] they push to, which tokens count, and per-dimension sums.
 
 mod moments;
+mod norms;
+mod policy;
 mod sae;
 
 pub use moments::{LayerMoments, MomentSink, SiteMoments};
+pub use norms::NormSink;
+pub use policy::{NormRule, SkipSpecial, Skipped, TokenPolicy};
 pub use sae::{Example, LayerFeatures, SaeSink, SaeSpec};
 
 use std::fmt;
 
 use crate::backend::{Backend, Chunk};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::op::Site;
 
 /// Whether a site shows its value (forward) or dL/d value (backward).
@@ -60,6 +64,15 @@ pub struct Tap {
     pub site: Site,
     /// Value or gradient.
     pub direction: Direction,
+}
+
+/// A value or gradient that cannot be added up, in this sample of the corpus.
+fn not_finite(tap: Tap, sample: u64) -> Error {
+    Error::new(format!("not a finite number in the {} of the {} output", tap.direction, tap.site.name()))
+        .at(format!("layer {}, sample {sample} (counted from 0 among the kept texts)", tap.layer))
+        .expected("finite values everywhere")
+        .found("NaN or infinity")
+        .hint("look for NaN in the checkpoint's weights, or an overflow of a half-precision checkpoint")
 }
 
 /// Receives what the walks show. The walks know no statistics; a sink knows no model.

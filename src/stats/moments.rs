@@ -1,17 +1,17 @@
 //! Sum, Σ|v|, Σv² and max|v| of every dimension at every wanted tap.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
-use super::{Direction, Sink, Tap};
+use super::policy::{Selection, Skipped, TokenPolicy};
+use super::{Direction, Sink, Tap, not_finite};
 use crate::backend::{Backend, Chunk, Moments};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::op::Site;
 
 /// Sums of one site of one layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerMoments {
-    /// Of the values; every token counts.
+    /// Of the values.
     pub values: Option<Moments>,
     /// Of the gradients; a sample with a single token has no loss and counts nowhere.
     pub gradients: Option<Moments>,
@@ -19,12 +19,15 @@ pub struct LayerMoments {
     pub values_at_0: Option<Moments>,
     /// Of the gradients there.
     pub gradients_at_0: Option<Moments>,
+    /// Tokens that are not counted.
+    pub skipped: Skipped,
 }
 
 impl LayerMoments {
     /// Adds the sums of later samples.
     pub fn add(&mut self, more: &Self) {
-        let Self { values, gradients, values_at_0, gradients_at_0 } = more;
+        let Self { values, gradients, values_at_0, gradients_at_0, skipped } = more;
+        self.skipped.add(skipped);
         for (sums, more) in [
             (&mut self.values, values),
             (&mut self.gradients, gradients),
@@ -40,7 +43,7 @@ impl LayerMoments {
 
     /// Rounds sums that parts were added to.
     pub fn round(&mut self) {
-        let Self { values, gradients, values_at_0, gradients_at_0 } = self;
+        let Self { values, gradients, values_at_0, gradients_at_0, .. } = self;
         let all = [values, gradients, values_at_0, gradients_at_0];
         all.into_iter().flatten().for_each(Moments::round);
     }
@@ -76,7 +79,8 @@ pub type SiteMoments = BTreeMap<(usize, Site), LayerMoments>;
 /// Collects [`Moments`] at the wanted sites, where the backend adds them up.
 pub struct MomentSink<B: Backend> {
     sites: BTreeMap<(usize, Site), State<B>>,
-    /// What is to be found finite: where, the samples that were added, what the backend will say of them.
+    selection: Selection,
+    /// What is to be found finite: where, the sample of each run of rows that was added, what the backend will say of them.
     checks: Vec<(Tap, Vec<u64>, B::Finite)>,
 }
 
@@ -87,14 +91,20 @@ struct State<B: Backend> {
     sums: [Option<Pair<B>>; 2],
 }
 
-/// Sums over all tokens, and over those at position 0.
+/// Sums over all tokens that count, and over those of them at position 0.
 type Pair<B> = [<B as Backend>::Moments; 2];
 
 impl<B: Backend> MomentSink<B> {
-    /// For these sites, by layer and site, with the width of each.
+    /// For these sites, by layer and site, with the width of each. Every token counts.
     pub fn new(widths: &BTreeMap<(usize, Site), usize>) -> Self {
         let state = |(&place, &width)| (place, State { width, sums: [None, None] });
-        Self { sites: widths.iter().map(state).collect(), checks: Vec::new() }
+        let selection = Selection::new(TokenPolicy::default(), false);
+        Self { sites: widths.iter().map(state).collect(), selection, checks: Vec::new() }
+    }
+
+    /// The tokens that `policy` leaves; `gradients`: whether they are shown after the values.
+    pub fn counting(self, policy: TokenPolicy, gradients: bool) -> Self {
+        Self { selection: Selection::new(policy, gradients), ..self }
     }
 
     /// Waits for what was shown so far.
@@ -104,18 +114,7 @@ impl<B: Backend> MomentSink<B> {
     pub fn check(&mut self, backend: &B) -> Result<()> {
         for (tap, indices, finite) in self.checks.drain(..) {
             let Err(bad) = backend.is_finite(finite)? else { continue };
-            let sample = indices[bad.0];
-            return Err(Error::new(format!(
-                "not a finite number in the {} at site {}",
-                tap.direction,
-                tap.site.name()
-            ))
-            .at(format!("layer {}, sample {sample} (counted from 0 among the kept texts)", tap.layer))
-            .expected("finite values everywhere")
-            .found("NaN or infinity")
-            .hint(
-                "look for NaN in the checkpoint's weights, or an overflow of a half-precision checkpoint",
-            ));
+            return Err(not_finite(tap, indices[bad.0]));
         }
         Ok(())
     }
@@ -136,6 +135,7 @@ impl<B: Backend> MomentSink<B> {
                 gradients: read(gradients, 0)?,
                 values_at_0: read(values, 1)?,
                 gradients_at_0: read(gradients, 1)?,
+                skipped: self.selection.skipped(place.0, place.1),
             };
             Ok((place, moments))
         };
@@ -146,19 +146,24 @@ impl<B: Backend> MomentSink<B> {
 impl<B: Backend> Sink<B> for MomentSink<B> {
     fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
         let Some(state) = self.sites.get_mut(&(tap.layer, tap.site)) else { return Ok(()) };
-        let (pair, shortest) = match tap.direction {
-            Direction::Values => (&mut state.sums[0], 1),
-            Direction::Gradients => (&mut state.sums[1], 2),
+        let (pair, shortest, positions) = match tap.direction {
+            Direction::Values => (&mut state.sums[0], 1, self.selection.of_values(backend, tap, chunk, x)?),
+            Direction::Gradients => (&mut state.sums[1], 2, self.selection.of_gradients(tap, chunk)),
         };
         let new = || backend.new_moments(state.width);
         let [all, at_0] = match pair {
             Some(pair) => pair,
             None => pair.insert([new()?, new()?]),
         };
-        let counted = chunk.samples().zip(&chunk.indices).filter(|(rows, _)| rows.len() >= shortest);
-        let (samples, indices): (Vec<Range<usize>>, Vec<u64>) = counted.unzip();
-        let firsts: Vec<Range<usize>> = samples.iter().map(|rows| rows.start..rows.start + 1).collect();
-        let finite = backend.moments(x, &samples, all)?;
+        let counted = positions.samples.iter().filter(|sample| sample.all.len() >= shortest);
+        let (mut runs, mut indices, mut firsts) = (Vec::new(), Vec::new(), Vec::new());
+        for sample in counted {
+            firsts
+                .extend(sample.rows().next().filter(|row| *row == sample.all.start).map(|row| row..row + 1));
+            indices.extend(sample.runs.iter().map(|_| sample.sample));
+            runs.extend_from_slice(&sample.runs);
+        }
+        let finite = backend.moments(x, &runs, all)?;
         // What is finite in all is so in its first rows.
         drop(backend.moments(x, &firsts, at_0)?);
         self.checks.push((tap, indices, finite));

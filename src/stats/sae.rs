@@ -1,14 +1,15 @@
 //! Sums of SAE features at the wanted layers, how well each SAE fits, and where each feature was largest.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Range;
 
+use super::policy::{Selection, Skipped, TokenPolicy};
 use super::{Direction, Quantity, Sink, Splice, Tap};
 use crate::backend::{
     Backend, Chunk, FeatureSums, FeatureValues, Fit, Moments, NonFinite, Place, Positions, SaeBackend,
     SaeGradient,
 };
 use crate::error::{Error, Result};
+use crate::model::op::Site;
 use crate::model::sae::{InputNorm, SaeWeights};
 
 /// Tokens of each layer on which an SAE's reconstruction is checked.
@@ -28,8 +29,6 @@ pub struct SaeSpec {
     pub gradient: SaeGradient,
     /// Of the gradients nothing but Σ dL/df: one product of W_dec with Σ dL/dx, and no encoding.
     pub signed_sums_alone: bool,
-    /// Distance between the positions that count, from position 0 of each sample.
-    pub position_stride: usize,
 }
 
 impl SaeSpec {
@@ -116,11 +115,14 @@ pub struct LayerFeatures {
     pub fit: Fit,
     /// Of each feature, if values are there; of one that never fired without tokens. `[F]`
     pub examples: Vec<Example>,
+    /// Tokens that are not counted.
+    pub skipped: Skipped,
 }
 
 /// Collects [`LayerFeatures`] at the layers that have an SAE.
 pub struct SaeSink<B: Backend> {
     spec: SaeSpec,
+    selection: Selection,
     layers: BTreeMap<usize, Layer<B>>,
 }
 
@@ -139,20 +141,18 @@ struct ToCheck(u64);
 impl ToCheck {
     /// The samples to check, and the others. Does not depend on how samples are cut into chunks.
     fn split(&mut self, mut at: Positions) -> (Positions, Positions) {
-        let (stride, first) = (at.stride, at.first);
-        let looked_at = |rows: &Range<usize>| rows.len().saturating_sub(first).div_ceil(stride) as u64;
-        let checked = at.samples.iter().take_while(|(_, rows)| {
+        let checked = at.samples.iter().take_while(|rows| {
             let go_on = self.0 > 0;
-            self.0 = self.0.saturating_sub(looked_at(rows));
+            self.0 = self.0.saturating_sub(rows.count());
             go_on
         });
         let rest = at.samples.split_off(checked.count());
-        (at, Positions { samples: rest, stride, first })
+        (at, Positions { samples: rest })
     }
 }
 
 impl<B: SaeBackend> SaeSink<B> {
-    /// Nothing seen yet.
+    /// Nothing seen yet. Every token counts.
     pub fn new(spec: SaeSpec) -> Self {
         let layer = |(&layer, sae): (&usize, &SaeWeights)| {
             let features = sae.num_features();
@@ -163,7 +163,7 @@ impl<B: SaeBackend> SaeSink<B> {
             };
             let fit = Fit { sum: vec![0.0; sae.width()], ..Fit::default() };
             let state = Layer {
-                result: LayerFeatures { sums, fit, examples },
+                result: LayerFeatures { sums, fit, examples, skipped: Skipped::default() },
                 output_gradients: spec.signed_sums_alone.then(|| Moments::new(sae.width())),
                 waiting: VecDeque::new(),
                 to_check: ToCheck(CHECKED_TOKENS),
@@ -171,7 +171,13 @@ impl<B: SaeBackend> SaeSink<B> {
             (layer, state)
         };
         let layers = spec.saes.iter().map(layer).collect();
-        Self { spec, layers }
+        let selection = Selection::new(TokenPolicy::default(), false);
+        Self { spec, selection, layers }
+    }
+
+    /// The tokens that `policy` leaves.
+    pub fn counting(self, policy: TokenPolicy) -> Self {
+        Self { selection: Selection::new(policy, self.spec.gradients()), ..self }
     }
 
     /// Hands out the sums, by layer; what comes after starts with none.
@@ -181,6 +187,7 @@ impl<B: SaeBackend> SaeSink<B> {
     pub fn take(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerFeatures>> {
         let layer = |(layer, state): (usize, Layer<B>)| {
             let mut result = state.result;
+            result.skipped = self.selection.skipped(layer, Site::Mlp);
             if let Some(v) = &state.output_gradients {
                 let sum = backend.decode_gradient(&self.spec.saes[&layer], &v.sum)?;
                 result.sums.gradients = Some(Moments { sum, count: v.count, ..Moments::default() });
@@ -190,11 +197,13 @@ impl<B: SaeBackend> SaeSink<B> {
         std::mem::take(&mut self.layers).into_iter().map(layer).collect()
     }
 
-    fn values(&mut self, backend: &B, layer: usize, chunk: &Chunk, x: &B::Buf) -> Result<()> {
-        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+    fn values(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
+        let layer = tap.layer;
+        let spec = &self.spec;
         let (Some(sae), Some(state)) = (spec.saes.get(&layer), self.layers.get_mut(&layer)) else {
             return Ok(());
         };
+        let at = self.selection.of_values(backend, tap, chunk, x)?;
         let result = &mut state.result;
         let alone = !spec.both();
         let (checked, rest) = state.to_check.split(at);
@@ -217,11 +226,13 @@ impl<B: SaeBackend> SaeSink<B> {
         Ok(())
     }
 
-    fn gradients(&mut self, backend: &B, layer: usize, chunk: &Chunk, dx: &B::Buf) -> Result<()> {
-        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+    fn gradients(&mut self, backend: &B, tap: Tap, chunk: &Chunk, dx: &B::Buf) -> Result<()> {
+        let layer = tap.layer;
+        let spec = &self.spec;
         let (Some(sae), Some(state)) = (spec.saes.get(&layer), self.layers.get_mut(&layer)) else {
             return Ok(());
         };
+        let at = self.selection.of_gradients(tap, chunk);
         let x = state.waiting.pop_front();
         let result = &mut state.result;
         let finite = if let Some(sums) = &mut state.output_gradients {
@@ -266,18 +277,19 @@ impl LayerFeatures {
 impl<B: SaeBackend> Sink<B> for SaeSink<B> {
     fn push(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<()> {
         match tap.direction {
-            Direction::Values => self.values(backend, tap.layer, chunk, x),
-            Direction::Gradients => self.gradients(backend, tap.layer, chunk, x),
+            Direction::Values => self.values(backend, tap, chunk, x),
+            Direction::Gradients => self.gradients(backend, tap, chunk, x),
         }
     }
 }
 
 impl<B: SaeBackend> Splice<B> for SaeSink<B> {
     fn replace(&mut self, backend: &B, tap: Tap, chunk: &Chunk, x: &B::Buf) -> Result<B::Buf> {
-        let (spec, at) = (&self.spec, positions(chunk, self.spec.position_stride));
+        let spec = &self.spec;
         let (Some(sae), Some(state)) = (spec.saes.get(&tap.layer), self.layers.get_mut(&tap.layer)) else {
             return backend.copy(x);
         };
+        let at = self.selection.of_values(backend, tap, chunk, x)?;
         let result = &mut state.result;
         let (checked, rest) = state.to_check.split(at);
         let mut replaced = None;
@@ -299,14 +311,8 @@ impl<B: SaeBackend> Splice<B> for SaeSink<B> {
     }
 }
 
-/// All samples of `chunk`, every `stride`-th position.
-fn positions(chunk: &Chunk, stride: usize) -> Positions {
-    let samples: Vec<(u64, Range<usize>)> = chunk.indices.iter().copied().zip(chunk.samples()).collect();
-    Positions { samples, stride, first: 0 }
-}
-
 fn not_finite(layer: usize, what: &str, at: &Positions, NonFinite(number): NonFinite) -> Error {
-    let sample = at.samples.get(number).map_or(0, |(sample, _)| *sample);
+    let sample = at.samples.get(number).map_or(0, |rows| rows.sample);
     let place = format!("layer {layer}, sample {sample} (counted from 0 among the kept texts)");
     Error::new(format!("not a finite number in the {what} of the SAE's features"))
         .at(place)
@@ -317,19 +323,28 @@ fn not_finite(layer: usize, what: &str, at: &Positions, NonFinite(number): NonFi
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
+    use crate::backend::SampleRows;
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init, reason = "samples with one run")]
     fn the_check_ends_between_samples() {
-        let at = Positions { samples: vec![(7, 0..5), (8, 5..6), (9, 6..12)], stride: 2, first: 0 };
-        // Positions 0, 2 and 4 of the first, 0 of the second, 0, 2 and 4 of the third.
+        let rows = |sample, all: Range<usize>, runs: &[Range<usize>]| SampleRows {
+            sample,
+            all,
+            runs: runs.to_vec(),
+        };
+        // Three tokens of the first, one of the second, three of the third.
+        let samples = vec![rows(7, 0..5, &[0..1, 3..5]), rows(8, 5..6, &[5..6]), rows(9, 6..12, &[8..11])];
+        let at = Positions { samples };
         for (tokens, first, left) in [(0, 0, 0), (1, 1, 0), (3, 1, 0), (4, 2, 0), (5, 3, 0), (9, 3, 2)] {
             let mut to_check = ToCheck(tokens);
             let (checked, rest) = to_check.split(at.clone());
             assert_eq!([checked.samples.len(), rest.samples.len()], [first, 3 - first], "{tokens}");
             assert_eq!(to_check.0, left);
             assert_eq!([checked.samples, rest.samples].concat(), at.samples);
-            assert_eq!((rest.stride, rest.first), (2, 0));
         }
     }
 }

@@ -6,11 +6,12 @@ use crate::dir::{Dir, LAYER};
 const FLAGS: &str = "--model_name --num_samples --batch_size --max_length --save_outputs --layers --device \
     --aggregate_by --aggregation_mode --power --normalize_gradients --normalize_mode --save_consolidated \
     --dataset --text_column --min_chars --loss_reduction --output_dir --dry_run --dtype --threads \
-    --tokens_per_pass --memory --quiet --revision --dataset_config --dataset_split --dataset_revision";
+    --tokens_per_pass --memory --quiet --revision --dataset_config --dataset_split --dataset_revision \
+    --position_stride --skip_first --skip_special --max_norm_ratio";
 
 /// Flags of `sae` alone.
-const SAE_FLAGS: &str = "--sae --sae_revision --site --sae_gradient --sae_splice --position_stride --sae_norm_scale \
-    --llamascope_convention";
+const SAE_FLAGS: &str =
+    "--sae --sae_revision --site --sae_gradient --sae_splice --sae_norm_scale --llamascope_convention";
 
 #[test]
 fn help_names_the_commands() {

@@ -10,7 +10,7 @@ use gradlens::engine::{Engine, EngineSpec, LossReduction, Totals};
 use gradlens::model::op::Site;
 use gradlens::model::{Config, Spec, Tensor, describe};
 use gradlens::source::{Pass, PassSpec, Passes, TextSpec, Texts, Tokens};
-use gradlens::stats::{LayerMoments, MomentSink, SiteMoments};
+use gradlens::stats::{LayerMoments, MomentSink, SiteMoments, TokenPolicy};
 use gradlens::weights::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -108,14 +108,35 @@ pub fn run_on<B: Backend>(
     golden: &Golden,
     spec: EngineSpec,
 ) -> (BTreeMap<usize, LayerMoments>, Totals) {
-    let (sites, totals) = run_sites(backend, golden, spec);
+    run_counting(backend, golden, spec, TokenPolicy::default())
+}
+
+/// The same, of the tokens that `policy` leaves.
+pub fn run_counting<B: Backend>(
+    backend: &B,
+    golden: &Golden,
+    spec: EngineSpec,
+    policy: TokenPolicy,
+) -> (BTreeMap<usize, LayerMoments>, Totals) {
+    let (sites, totals) = run_sites_counting(backend, golden, spec, policy);
     let mlp = sites.into_iter().filter(|((_, site), _)| *site == Site::Mlp);
     (mlp.map(|((layer, _), moments)| (layer, moments)).collect(), totals)
 }
 
-/// The same of every wanted site.
+/// Every wanted site.
 pub fn run_sites<B: Backend>(backend: &B, golden: &Golden, spec: EngineSpec) -> (SiteMoments, Totals) {
-    let mut sink = MomentSink::new(&spec.widths(&golden.spec));
+    run_sites_counting(backend, golden, spec, TokenPolicy::default())
+}
+
+/// The same, of the tokens that `policy` leaves.
+pub fn run_sites_counting<B: Backend>(
+    backend: &B,
+    golden: &Golden,
+    spec: EngineSpec,
+    policy: TokenPolicy,
+) -> (SiteMoments, Totals) {
+    let sink = MomentSink::new(&spec.widths(&golden.spec));
+    let mut sink = sink.counting(policy, spec.gradients);
     let mut engine = Engine::new(backend, &golden.spec, &golden.tensors, spec);
     let mut totals = Totals::default();
     for pass in &golden.passes {

@@ -52,9 +52,9 @@ pub fn values_of(features: usize) -> FeatureValues {
 /// Values and gradients of a chunk; those of samples with one token are zero, as a backward pass leaves them.
 pub fn inputs(at: &Positions, width: usize, seed: u64) -> [Vec<f64>; 2] {
     let mut random = Random::new(seed);
-    let rows = at.samples.last().unwrap().1.end;
+    let rows = at.samples.last().unwrap().all.end;
     let [x, mut dx] = [(); 2].map(|()| random.normals(rows * width));
-    for (_, rows) in at.samples.iter().filter(|(_, rows)| rows.len() == 1) {
+    for rows in at.samples.iter().map(|sample| &sample.all).filter(|rows| rows.len() == 1) {
         dx[rows.start * width..rows.end * width].fill(0.0);
     }
     [x, dx]
@@ -111,15 +111,15 @@ pub fn check<T: Element>(cpu: &Cpu<T>, what: &str, sae: &SaeWeights, at: &Positi
     let reference = Reference::new(sae);
     let mut keep = vec![true; features];
     let (mut f, mut df, mut tokens, mut places) = (vec![], vec![], vec![], vec![]);
-    for ((sample, all), rows) in at.samples.iter().zip(at.rows()) {
-        for row in rows {
+    for of in &at.samples {
+        for row in of.rows() {
             let token = reference.token(&x[row * width..][..width]);
             if tolerance > FLOAT64 {
                 keep.iter_mut().zip(&token.margin).for_each(|(keep, margin)| *keep &= *margin > KINK);
             }
             df.push(reference.gradient(token.factor, &dx[row * width..][..width]));
             f.push(token.f.clone());
-            places.push(Place { sample: *sample, position: (row - all.start) as u32 });
+            places.push(Place { sample: of.sample, position: (row - of.all.start) as u32 });
             tokens.push((row, token));
         }
     }

@@ -1,7 +1,7 @@
 //! The SAE of `model/sae.rs` by its formulas, in float64 and one loop after the other.
 
-use gradlens::backend::Positions;
 use gradlens::backend::cpu::Element;
+use gradlens::backend::{Positions, SampleRows};
 use gradlens::model::Dtype;
 use gradlens::model::sae::{FeatureMatrix, InputNorm, SaeActivation, SaeWeights};
 
@@ -174,12 +174,18 @@ impl Reference {
     }
 }
 
-/// Positions of samples with these lengths, one after the other; corpus numbers from 10 on.
+/// Of samples with these lengths, one after the other, positions `first`, `first + stride`, …; corpus numbers from 10 on.
 pub fn positions(lengths: &[usize], stride: usize, first: usize) -> Positions {
     let mut end = 0;
-    let samples = lengths.iter().zip(10..).map(|(length, number)| {
+    let samples = lengths.iter().zip(10..).map(|(length, sample)| {
         end += length;
-        (number, end - length..end)
+        let all = end - length..end;
+        let from = all.start + first;
+        let runs = match stride {
+            1 => (from < end).then_some(from..end).into_iter().collect(),
+            _ => (from..end).step_by(stride).map(|row| row..row + 1).collect(),
+        };
+        SampleRows { sample, all, runs }
     });
-    Positions { samples: samples.collect(), stride, first }
+    Positions { samples: samples.collect() }
 }

@@ -433,4 +433,8 @@ impl<T: Element> Backend for Cpu<T> {
     fn read_moments(&self, moments: &Moments) -> Result<Moments> {
         Ok(moments.clone())
     }
+
+    fn row_norms(&self, x: &Buf<T>) -> Result<Vec<f64>> {
+        Ok(self.norms_of_rows(x))
+    }
 }

@@ -1,4 +1,4 @@
-//! Per-dimension sums over the rows of each sample, in float64.
+//! Per-dimension sums over the rows of each sample, and norms of rows, in float64.
 
 use std::ops::Range;
 
@@ -60,5 +60,28 @@ impl<T: Element> Cpu<T> {
             .min();
         into.count += samples.iter().map(|rows| rows.len() as u64).sum::<u64>();
         bad.map_or(Ok(()), |sample| Err(NonFinite(sample)))
+    }
+    pub(super) fn norms_of_rows(&self, x: &Buf<T>) -> Vec<f64> {
+        /// Sums of a row that are added up side by side.
+        const LANES: usize = 8;
+        let of_row = |row: &[T]| {
+            self.vectorised(
+                #[inline(always)]
+                || {
+                    let mut sums = [0f64; LANES];
+                    let (whole, rest) = row.as_chunks::<LANES>();
+                    for values in whole {
+                        for (sum, value) in sums.iter_mut().zip(values) {
+                            *sum += value.as_f64() * value.as_f64();
+                        }
+                    }
+                    for (sum, value) in sums.iter_mut().zip(rest) {
+                        *sum += value.as_f64() * value.as_f64();
+                    }
+                    sums.iter().sum::<f64>().sqrt()
+                },
+            )
+        };
+        x.par_chunks_exact(x.width).map(of_row).collect()
     }
 }

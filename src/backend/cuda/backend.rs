@@ -444,4 +444,8 @@ impl Backend for CudaBackend {
     fn read_moments(&self, moments: &DeviceMoments) -> Result<Moments> {
         moments.to_host()
     }
+
+    fn row_norms(&self, x: &Tensor) -> Result<Vec<f64>> {
+        typed!(x, x => self.cuda.row_norms(x))
+    }
 }

@@ -148,6 +148,32 @@ impl Cuda {
         into.count += samples.iter().map(|rows| rows.len() as u64).sum::<u64>();
         Ok(FiniteCheck { lowest, samples: samples_of_segments })
     }
+
+    /// See [`crate::backend::Backend::row_norms`]; x `[N, width]` → `[N]`
+    ///
+    /// # Errors
+    ///
+    /// As [`Cuda::new_moments`].
+    pub fn row_norms<T: Real>(&self, x: &Buf<T>) -> Result<Vec<f64>> {
+        /// Rows of a block.
+        const ROWS: usize = 4;
+        if x.rows() == 0 {
+            return Ok(Vec::new());
+        }
+        let name = T::FORMAT.pick("row_squares_f32", "row_squares_bf16");
+        let kernel = self.kernel("stats.cu", name)?;
+        let squares = Buf::<f64>::new(&self.device.memory, x.rows(), 1)?;
+        let summed = Launch::new(&kernel, x.rows().div_ceil(ROWS), 128)
+            .arg(T::FORMAT.pick("const float* values", "const bf16* values"), x)
+            .arg("int rows", int(x.rows()))
+            .arg("int width", int(x.width()))
+            .arg("double* squares", &squares);
+        // SAFETY: x is [rows, width], squares are [rows].
+        unsafe { summed.on(&self.device.compute)? };
+        let mut norms = squares.to_host()?;
+        norms.iter_mut().for_each(|square| *square = square.sqrt());
+        Ok(norms)
+    }
 }
 
 #[cfg(test)]

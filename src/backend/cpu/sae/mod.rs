@@ -352,10 +352,11 @@ impl<T: Element> SaeBackend for Cpu<T> {
         let gathered = self.sae_output_gradients(sae, &chosen, x, dx).values;
         let mut end = 0;
         let samples: Vec<Range<usize>> = at
-            .rows()
+            .samples
+            .iter()
             .map(|rows| {
                 let start = end;
-                end += rows.count();
+                end += rows.count() as usize;
                 start..end
             })
             .collect();

@@ -19,11 +19,11 @@ pub(super) struct Chosen {
 impl Chosen {
     pub fn new(at: &Positions) -> Self {
         let mut chosen = Self { rows: Vec::new(), samples: Vec::new(), places: Vec::new() };
-        for (number, ((sample, all), rows)) in at.samples.iter().zip(at.rows()).enumerate() {
-            for row in rows {
+        for (number, of) in at.samples.iter().enumerate() {
+            for row in of.rows() {
                 chosen.rows.push(row);
                 chosen.samples.push(number);
-                chosen.places.push(Place { sample: *sample, position: (row - all.start) as u32 });
+                chosen.places.push(Place { sample: of.sample, position: (row - of.all.start) as u32 });
             }
         }
         chosen
