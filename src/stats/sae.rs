@@ -9,7 +9,6 @@ use crate::backend::{
     SaeGradient,
 };
 use crate::error::{Error, Result};
-use crate::model::op::Site;
 use crate::model::sae::{InputNorm, SaeWeights};
 
 /// Tokens of each layer on which an SAE's reconstruction is checked.
@@ -187,7 +186,6 @@ impl<B: SaeBackend> SaeSink<B> {
     pub fn take(&mut self, backend: &B) -> Result<BTreeMap<usize, LayerFeatures>> {
         let layer = |(layer, state): (usize, Layer<B>)| {
             let mut result = state.result;
-            result.skipped = self.selection.skipped(layer, Site::Mlp);
             if let Some(v) = &state.output_gradients {
                 let sum = backend.decode_gradient(&self.spec.saes[&layer], &v.sum)?;
                 result.sums.gradients = Some(Moments { sum, count: v.count, ..Moments::default() });
@@ -205,6 +203,7 @@ impl<B: SaeBackend> SaeSink<B> {
         };
         let at = self.selection.of_values(backend, tap, chunk, x)?;
         let result = &mut state.result;
+        result.skipped = self.selection.skipped(tap.layer, tap.site);
         let alone = !spec.both();
         let (checked, rest) = state.to_check.split(at);
         if !checked.samples.is_empty() {
@@ -291,6 +290,7 @@ impl<B: SaeBackend> Splice<B> for SaeSink<B> {
         };
         let at = self.selection.of_values(backend, tap, chunk, x)?;
         let result = &mut state.result;
+        result.skipped = self.selection.skipped(tap.layer, tap.site);
         let (checked, rest) = state.to_check.split(at);
         let mut replaced = None;
         for (at, fit) in [(checked, Some(&mut result.fit)), (rest, None)] {
