@@ -5,7 +5,7 @@
 //   add                sum[N, out] = addend[N, out] + y, and y where it is wanted
 //   rotated            y of which the first columns are heads that turn by their token's angles (rotary embedding)
 //   gated              out[N, I] = act(g)·u, where y = g0 u0 g1 u1 .. of width out = 2I; and y where it is wanted
-//   exponentials       of logits y of width out = V, for the loss; y itself is not written
+//   exponentials       of logits y of width out = V, soft-capped or not, for the loss; y itself is not written
 //   backward           dx[N, in] = dy[N, out] · weight[out, in] + addend[N, in]
 //   gated_backward     the gradient of a gated layer's y[N, 2·in], where dh = dy · weight is that of its output
 //
@@ -309,23 +309,26 @@ linear_gated_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weig
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 linear_exponentials(const bf16* __restrict__ x, const bf16* __restrict__ weight,
                     const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
-                    float* target_logits, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits},
-                              rows, out_features, in_features);
+                    float* target_logits, float softcap, int rows, int in_features,
+                    int out_features) {
+  product<Large, false, true>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits,
+                              softcap}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 linear_exponentials_small(const bf16* __restrict__ x, const bf16* __restrict__ weight,
                           const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
-                          float* target_logits, int rows, int in_features, int out_features) {
+                          float* target_logits, float softcap, int rows, int in_features,
+                          int out_features) {
   product<SmallStrips, false, true>(x, weight, Exponentials<bf16>{targets, e, exponents, sums,
-                                    target_logits}, rows, out_features, in_features);
+                                    target_logits, softcap}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 linear_exponentials_unaligned(const bf16* __restrict__ x, const bf16* __restrict__ weight,
                               const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
-                              float* target_logits, int rows, int in_features, int out_features) {
+                              float* target_logits, float softcap, int rows, int in_features,
+                              int out_features) {
   product<SmallStrips, false, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums,
-                                     target_logits}, rows, out_features, in_features);
+                                     target_logits, softcap}, rows, out_features, in_features);
 }
 
 // ---- backward --------------------------------------------------------------------------------------

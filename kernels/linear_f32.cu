@@ -280,23 +280,26 @@ linear_gated_unaligned(const float* __restrict__ x, const float* __restrict__ we
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
 linear_exponentials(const float* __restrict__ x, const float* __restrict__ weight,
                     const int* __restrict__ targets, float* e, float* exponents, float* sums,
-                    float* target_logits, int rows, int in_features, int out_features) {
-  product<Large, false, true>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits},
-                              rows, out_features, in_features);
+                    float* target_logits, float softcap, int rows, int in_features,
+                    int out_features) {
+  product<Large, false, true>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits,
+                              softcap}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_exponentials_small(const float* __restrict__ x, const float* __restrict__ weight,
                           const int* __restrict__ targets, float* e, float* exponents, float* sums,
-                          float* target_logits, int rows, int in_features, int out_features) {
-  product<Small, false, true>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits},
-                              rows, out_features, in_features);
+                          float* target_logits, float softcap, int rows, int in_features,
+                          int out_features) {
+  product<Small, false, true>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits,
+                              softcap}, rows, out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(Small::THREADS, 4)
 linear_exponentials_unaligned(const float* __restrict__ x, const float* __restrict__ weight,
                               const int* __restrict__ targets, float* e, float* exponents, float* sums,
-                              float* target_logits, int rows, int in_features, int out_features) {
-  product<Small, false, false>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits},
-                               rows, out_features, in_features);
+                              float* target_logits, float softcap, int rows, int in_features,
+                              int out_features) {
+  product<Small, false, false>(x, weight, Exponentials<float>{targets, e, exponents, sums, target_logits,
+                               softcap}, rows, out_features, in_features);
 }
 
 // ---- backward --------------------------------------------------------------------------------------

@@ -212,15 +212,17 @@ linear_gated_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constan
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_exponentials_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
                          const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
-                         float* target_logits, int rows, int in_features, int out_features) {
-  product<Narrow, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits}, rows,
+                         float* target_logits, float softcap, int rows, int in_features,
+                         int out_features) {
+  product<Narrow, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits, softcap}, rows,
                          out_features, in_features);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_exponentials_sm90_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
                               const int* __restrict__ targets, bf16* e, float* exponents, float* sums,
-                              float* target_logits, int rows, int in_features, int out_features) {
-  product<Wide, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits}, rows,
+                              float* target_logits, float softcap, int rows, int in_features,
+                              int out_features) {
+  product<Wide, false>(x, weight, Exponentials<bf16>{targets, e, exponents, sums, target_logits, softcap}, rows,
                        out_features, in_features);
 }
 

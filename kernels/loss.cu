@@ -1,25 +1,28 @@
 // The finish of linear + cross-entropy. A product has left, for rows n of R and the vocabulary in strips s of 64:
 //
-//   e [R, V]             2^(z·log₂e − k) of each logit z, rounded to the element; k = exponents[n, s], s = j / 64
-//   exponents, sums      [R, S] float32: k of each strip and the sum of its values before they were rounded; S = ⌈V/64⌉
+//   e [R, V]             2^(z·log₂e − k)·z′ of each logit z, rounded to the element; k = exponents[n, s], s = j / 64.
+//                        z′ is 1, or where z is soft-capped, z = c·tanh(x/c), dz/dx = 1 − (z/c)²
+//   exponents, sums      [R, S] float32: k of each strip and the sum of its powers, without z′ and rounding; S = ⌈V/64⌉
 //   target_logits [R]    float32: z at the target
 //   targets [R]          the target's column, or −1: none, and then nothing but this is read of the row
 //   scales [R]           float32: what the loss of the row is multiplied by
+//   softcap              c; 0 for none
 //
 // and this makes
 //
 //   nats [R]             ln Σ eᶻ − z_target; 0 without a target
-//   e ← scale·(p − 1[j = target]), p = softmax z: the gradient of scale·nats, with `gradient`; 0 without a target
+//   e ← scale·(p − 1[j = target])·z′, p = softmax z: the gradient of scale·nats by x, with `gradient`; 0 without a target
 //
 // With m = max k and total = Σ sums·2^(k − m): nats = m·ln 2 + ln total − z_target, and the gradient is
-// e·2^(k − m)·(scale/total) but for the target, where it is scale·expm1(−nats). Nothing overflows.
+// e·2^(k − m)·(scale/total) but for the target, where it is scale·expm1(−nats)·z′. Nothing overflows.
 //
 // Errors, ε = 2⁻²⁴. `total` is a chain of ⌈S/256⌉ + 12 additions at most: a relative error of as many ε, of 4ε for the
 // powers (exact where k are whole numbers) and of those in `sums`. m·ln 2 − z_target and the power of two in `total`
 // are carried as two floats, so nats adds only 1ε absolute and 1ε of itself, however large the terms are; it may come
 // out below zero by as much. The gradient of the target errs by p·scale times the error of nats: what is left of 1
 // where p nears 1 is known as well as nats. Other columns: (8 + |k − m|)ε (8ε where k are whole) more than `total`, and
-// twice the rounding of an element. Values below 2⁻¹²⁶ of the largest may be lost.
+// twice the rounding of an element. The target's z′ adds 4ε of scale, as 1 − (z/c)² may cancel. Values below 2⁻¹²⁶ of
+// the largest may be lost.
 //
 // Grid R, block 256. V ≥ 1. Sixteen bytes at a time where V·sizeof(A) is a multiple of 16, and then e is aligned to as
 // much; else one element. A row's order of additions depends on V alone, and rows do not see each other.
@@ -140,7 +143,8 @@ __device__ __forceinline__ void scale_row(
 template <class A>
 __device__ __forceinline__ void finish_row(
     A* e, const float* __restrict__ exponents, const float* __restrict__ sums, const float* __restrict__ target_logits,
-    const int* __restrict__ targets, const float* __restrict__ scales, float* nats, int vocab, int gradient) {
+    const int* __restrict__ targets, const float* __restrict__ scales, float* nats, float softcap, int vocab,
+    int gradient) {
   __shared__ float of_warps[2][WARPS];
   const i64 row = blockIdx.x;
   const int strips = (vocab + STRIP - 1) / STRIP, target = targets[row];
@@ -162,18 +166,21 @@ __device__ __forceinline__ void finish_row(
   const float scale = scales[row];
   scale_row(e, exponents, top, scale / total, vocab, strips);
   __syncthreads();  // loss: the target's column is scaled like the others
-  if (threadIdx.x == 0) e[target] = from_float<A>(scale * expm1f(-of_row));
+  if (threadIdx.x == 0) {
+    const float part = softcap > 0.f ? target_logits[row] / softcap : 0.f;
+    e[target] = from_float<A>(scale * expm1f(-of_row) * fmaf(-part, part, 1.f));
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) loss_finish_f32(
     float* e, const float* __restrict__ exponents, const float* __restrict__ sums,
     const float* __restrict__ target_logits, const int* __restrict__ targets, const float* __restrict__ scales,
-    float* nats, int vocab, int gradient) {
-  finish_row(e, exponents, sums, target_logits, targets, scales, nats, vocab, gradient);
+    float* nats, float softcap, int vocab, int gradient) {
+  finish_row(e, exponents, sums, target_logits, targets, scales, nats, softcap, vocab, gradient);
 }
 extern "C" __global__ void __launch_bounds__(THREADS) loss_finish_bf16(
     bf16* e, const float* __restrict__ exponents, const float* __restrict__ sums,
     const float* __restrict__ target_logits, const int* __restrict__ targets, const float* __restrict__ scales,
-    float* nats, int vocab, int gradient) {
-  finish_row(e, exponents, sums, target_logits, targets, scales, nats, vocab, gradient);
+    float* nats, float softcap, int vocab, int gradient) {
+  finish_row(e, exponents, sums, target_logits, targets, scales, nats, softcap, vocab, gradient);
 }

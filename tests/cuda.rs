@@ -32,6 +32,8 @@ mod faults;
 mod host;
 #[path = "cuda/linear.rs"]
 mod linear;
+#[path = "cuda/linear_exponentials.rs"]
+mod linear_exponentials;
 #[path = "cuda/linear_faults.rs"]
 mod linear_faults;
 #[path = "cuda/linear_fused.rs"]

@@ -248,7 +248,7 @@ impl Bench {
         }
         let (x, weight) = (&layer.x, &layer.weight);
         let targets = Buf::from_host(&self.cuda.device.memory, &vec![1_i32; rows], 1)?;
-        let product = |at: usize| self.cuda.linear_exponentials(&x[layer.at(at)], weight, &targets);
+        let product = |at: usize| self.cuda.linear_exponentials(&x[layer.at(at)], weight, &targets, None);
         let (sums, found) = (Sums::of(&x[0], weight, Direction::Forward)?, product(0)?);
         let (powers, exponents) = (found.powers.to_host()?, found.exponents.to_host()?);
         for (row, column) in probes(rows, vocabulary) {

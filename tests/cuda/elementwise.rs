@@ -59,7 +59,7 @@ pub fn assert_same<T: Number>(found: &[T], wanted: &[T], what: &str) {
     }
 }
 
-fn check_embed<A: Number>(machine: &Machine, tokens: usize, width: usize) {
+fn check_embed<A: Number>(machine: &Machine, tokens: usize, width: usize, scale: f32) {
     let cuda = &machine.cuda;
     let memory = &cuda.device.memory;
     let vocab = 7;
@@ -68,11 +68,11 @@ fn check_embed<A: Number>(machine: &Machine, tokens: usize, width: usize) {
     let ids: Vec<u32> = (0..tokens).map(|n| (5 * n as u32 + 6) % vocab as u32).collect();
     let table = Buf::from_host(memory, &values, width).unwrap();
     let device_ids = Buf::from_host(memory, &ids, tokens).unwrap();
-    let out =
-        machine.same_under_all_schedules(|| cuda.embed(&table, &device_ids).unwrap().to_host().unwrap());
+    let out = machine
+        .same_under_all_schedules(|| cuda.embed(&table, &device_ids, scale).unwrap().to_host().unwrap());
     let rows = ids.iter().flat_map(|id| &values[*id as usize * width..][..width]);
-    let wanted: Vec<f32> = rows.map(|value| value.wide() as f32).collect();
-    assert_same(&out, &wanted, &format!("embed {} {tokens}x{width}", A::NAME));
+    let wanted: Vec<f32> = rows.map(|value| value.wide() as f32 * scale).collect();
+    assert_same(&out, &wanted, &format!("embed {} {tokens}x{width} times {scale}", A::NAME));
 }
 
 /// Rows of one thread, of a part of a warp, of a block with another turn; with and without a remainder; rows that do
@@ -82,13 +82,18 @@ fn embed() {
     let Some(machine) = machine() else { return };
     let shapes = [(1, 1), (300, 2), (9, 5), (70, 6), (37, 64), (5, 900), (2, 2052), (1, 1029)];
     for (tokens, width) in shapes.into_iter().filter(|(n, width)| machine.affordable(n * width)) {
-        check_embed::<f32>(&machine, tokens, width);
-        check_embed::<bf16>(&machine, tokens, width);
+        for scale in [1.0, (width as f32).sqrt() + 0.1] {
+            check_embed::<f32>(&machine, tokens, width, scale);
+            check_embed::<bf16>(&machine, tokens, width, scale);
+        }
     }
     let cuda = &machine.cuda;
     let table = Buf::from_host(&cuda.device.memory, &[1.0_f32; 8], 8).unwrap();
     let no_ids = Buf::from_host(&cuda.device.memory, &[], 0).unwrap();
-    assert!(catch_unwind(AssertUnwindSafe(|| cuda.embed(&table, &no_ids))).is_err(), "ids without a row");
+    assert!(
+        catch_unwind(AssertUnwindSafe(|| cuda.embed(&table, &no_ids, 1.0))).is_err(),
+        "ids without a row"
+    );
 }
 
 /// Shapes of whole buffers, and whether they are views that start one row (so at any alignment) into their memory.

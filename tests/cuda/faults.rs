@@ -9,8 +9,8 @@ use gradlens::backend::cuda::Sources;
 
 use super::machine::{RUNS_LINE, runs_here, skip_or_panic};
 use super::{
-    activation, atomics, attention_faults, elementwise_faults, linear_faults, linear_rotated, loss, norm,
-    rope, stats,
+    activation, atomics, attention_faults, elementwise_faults, linear_exponentials, linear_faults,
+    linear_rotated, loss, norm, rope, stats,
 };
 
 /// Set in the processes started here: the name of a fault, or `none`.
@@ -41,6 +41,7 @@ fn faults() -> impl Iterator<Item = &'static Fault> {
         .chain(elementwise_faults::FAULTS)
         .chain(activation::FAULTS)
         .chain(linear_rotated::FAULTS)
+        .chain(linear_exponentials::FAULTS)
         .chain(rope::FAULTS)
         .chain(loss::FAULTS)
         .chain(attention_faults::FAULTS)
@@ -244,6 +245,7 @@ const CLEAN: &[&str] = &[
     "linear_fused::mma_sync_gives_the_same_bits_under_all_schedules",
     "linear_fused::wgmma_gives_the_same_bits_under_all_schedules",
     "linear_fused::ffma_gives_the_same_bits_under_all_schedules",
+    "linear_exponentials::soft_caps_give_the_same_bits_under_all_schedules",
     "linear_rotated::mma_sync_gives_the_same_bits_under_all_schedules",
     "linear_rotated::wgmma_gives_the_same_bits_under_all_schedules",
     "linear_rotated::ffma_gives_the_same_bits_under_all_schedules",

@@ -6,10 +6,11 @@ use gradlens::backend::cuda::{Activation, Buf, Element};
 
 use super::faults;
 use super::linear::{BY_THREADS, Operand, tiles};
+use super::linear_exponentials::targets;
 use super::machine::{Machine, Random, machine};
 
 /// Half a unit of float32 in the last place, relative.
-const UNIT: f64 = 1.0 / 16_777_216.0;
+pub const UNIT: f64 = 1.0 / 16_777_216.0;
 const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::GeluErf];
 /// 2/√π·∫₀ˣ e^-t² by its series, to 1e-15: in float64 its terms lose little up to 3, and then it is 1.
 fn erf(x: f64) -> f64 {
@@ -59,7 +60,7 @@ fn act(activation: Activation, x: f64) -> [(f64, f64); 2] {
 }
 
 /// Compares each element: `wanted` gives value and tolerance for float32, rounding to `A` comes on top.
-fn check<A: Operand>(found: &[A], what: &str, wanted: impl Fn(usize) -> (f64, f64)) {
+pub fn check<A: Operand>(found: &[A], what: &str, wanted: impl Fn(usize) -> (f64, f64)) {
     for (i, found) in found.iter().enumerate() {
         let (found, (wanted, tolerance)): (f64, _) = ((*found).into(), wanted(i));
         let tolerance = tolerance + A::ROUNDING * (wanted.abs() + tolerance) * 1.001;
@@ -71,12 +72,12 @@ fn check<A: Operand>(found: &[A], what: &str, wanted: impl Fn(usize) -> (f64, f6
 }
 
 /// A layer on the device: `[N, in]`, `[out, in]`, `[1, out]`, `[N, out]`, and the same as a next layer's.
-struct Layer<A> {
-    x: Buf<A>,
-    weight: Buf<A>,
+pub struct Layer<A> {
+    pub x: Buf<A>,
+    pub weight: Buf<A>,
     bias: Buf<f32>,
     addend: Buf<f32>,
-    what: String,
+    pub what: String,
 }
 
 impl<A: Operand> Layer<A> {
@@ -95,12 +96,12 @@ impl<A: Operand> Layer<A> {
         }
     }
 
-    fn new(machine: &Machine, sizes: [usize; 3], scale: f32) -> Self {
+    pub fn new(machine: &Machine, sizes: [usize; 3], scale: f32) -> Self {
         Self::rows_from(machine, sizes, scale, 0)
     }
 
     /// The float32 sums.
-    fn sums(&self, machine: &Machine, tile: Tile, bias: bool) -> Vec<f32> {
+    pub fn sums(&self, machine: &Machine, tile: Tile, bias: bool) -> Vec<f32> {
         let bias = bias.then_some(&self.bias);
         let y: Buf<f32> = machine.cuda.linear_forward_with(tile, &self.x, &self.weight, bias).unwrap();
         y.to_host().unwrap()
@@ -159,76 +160,6 @@ impl<A: Operand> Layer<A> {
             (value * up, (error + UNIT * value.abs()) * up.abs())
         });
     }
-
-    /// The logits' powers, exponents, sums and those at the targets.
-    fn exponentials(&self, machine: &Machine, tile: Tile, targets: &[i32]) -> (Vec<A>, [Vec<f32>; 3]) {
-        let targets = Buf::from_host(&machine.cuda.device.memory, targets, 1).unwrap();
-        let found = machine.cuda.linear_exponentials_with(tile, &self.x, &self.weight, &targets).unwrap();
-        // Those without a target are nobody's.
-        let written: Vec<f32> = targets
-            .to_host()
-            .unwrap()
-            .iter()
-            .enumerate()
-            .filter(|(_, target)| **target >= 0)
-            .flat_map(|(row, _)| found.target_logits.elements(row..row + 1).to_host().unwrap())
-            .collect();
-        let [exponents, sums] = [&found.exponents, &found.sums].map(|buf| buf.to_host().unwrap());
-        (found.powers.to_host().unwrap(), [exponents, sums, written])
-    }
-
-    fn check_exponentials(
-        &self,
-        machine: &Machine,
-        tile: Tile,
-        targets: &[i32],
-        (powers, [exponents, sums, target_logits]): &(Vec<A>, [Vec<f32>; 3]),
-    ) {
-        let z = self.sums(machine, tile, false);
-        let what = format!("exponentials {} by {tile:?}", self.what);
-        let width = self.weight.rows();
-        let strips = width.div_ceil(64);
-        let strip_of = |i: usize| i / width * strips + i % width / 64;
-        let scaled = |z: f32| f64::from(z) * std::f64::consts::LOG2_E;
-        assert_eq!(
-            (powers.len(), exponents.len(), sums.len()),
-            (z.len(), z.len() / width * strips, exponents.len())
-        );
-        let mut largest = vec![f64::NEG_INFINITY; exponents.len()];
-        let mut totals = vec![0.0; exponents.len()];
-        for (i, z) in z.iter().enumerate() {
-            let strip = strip_of(i);
-            largest[strip] = largest[strip].max(scaled(*z));
-            totals[strip] += (scaled(*z) - f64::from(exponents[strip])).exp2();
-        }
-        for (strip, k) in exponents.iter().enumerate() {
-            let (k, largest) = (f64::from(*k), largest[strip]);
-            let near = k == k.round() && (largest - k).abs() <= 0.5 + largest.abs() * 2.0 * UNIT;
-            assert!(near, "{what}, strip {strip}: an exponent of {k} instead of {largest}, rounded");
-        }
-        // The argument is rounded to a unit of itself, the power to a few.
-        check(powers, &what, |i| {
-            let argument = scaled(z[i]) - f64::from(exponents[strip_of(i)]);
-            let power = argument.exp2();
-            (power, power * (4.0 + 2.0 * argument.abs()) * UNIT + f64::from(f32::MIN_POSITIVE))
-        });
-        // Sixteen additions and up to 64 powers, of which only the large ones count.
-        check(sums, &format!("sums of {what}"), |strip| (totals[strip], totals[strip] * 16.0 * UNIT));
-        let wanted = (0..).zip(targets).filter(|(_, target)| **target >= 0);
-        let wanted: Vec<f32> = wanted.map(|(row, target)| z[row * width + *target as usize]).collect();
-        assert!(*target_logits == wanted, "{what}: other logits instead of {wanted:?}");
-    }
-}
-
-/// None, the first, the last, and others.
-fn targets(rows: usize, width: usize) -> Vec<i32> {
-    let of = |row: usize| match row % 4 {
-        0 => width - 1 - row * 37 % width,
-        1 => row * 101 % width,
-        2 => width - 1,
-        _ => usize::MAX,
-    };
-    (0..rows).map(|row| i32::try_from(of(row)).unwrap_or(-1)).collect()
 }
 
 /// The layer behind a gate: dy `[N, D]`, weight `[D, I]`, gate_up `[N, 2·I]`.
@@ -296,8 +227,8 @@ fn check_all<A: Operand>(machine: &Machine, tile: Tile, sizes: [usize; 3]) {
     }
     let logits = Layer::<A>::new(machine, sizes, 16.0);
     let targets = targets(rows, outputs);
-    let found = logits.exponentials(machine, tile, &targets);
-    logits.check_exponentials(machine, tile, &targets, &found);
+    let found = logits.exponentials(machine, tile, &targets, None);
+    logits.check_exponentials(machine, tile, &targets, None, &found);
 }
 
 fn match_float64<A: Operand>(machine: &Machine) {
@@ -340,8 +271,9 @@ fn same_bits<A: Operand>(machine: &Machine, wanted: &[Tile]) {
         // A strip that ends, and one where a tile has several.
         for layer in [&layer, &Layer::<A>::new(machine, [5, 8, 8], 8.0)] {
             let targets = targets(layer.x.rows(), layer.weight.rows());
-            let found = machine.same_under_all_schedules(|| layer.exponentials(machine, tile, &targets));
-            layer.check_exponentials(machine, tile, &targets, &found);
+            let found =
+                machine.same_under_all_schedules(|| layer.exponentials(machine, tile, &targets, None));
+            layer.check_exponentials(machine, tile, &targets, None, &found);
         }
         let behind = Behind::<A>::rows_from(machine, [rows, 72, 264], 0);
         let found = machine.same_under_all_schedules(|| behind.gated_backward(machine, tile, activation));
@@ -382,8 +314,8 @@ fn bits_do_not_depend_on_other_rows<A: Operand>(machine: &Machine, family: &[Til
         assert!(last.gated(machine, tile, activation, true, false).1 == out[first * 100..], "{tile:?}");
         let gradient = behind.gated_backward(machine, tile, activation);
         assert!(last_behind.gated_backward(machine, tile, activation) == gradient[first * 144..], "{tile:?}");
-        let (powers, [exponents, sums, logits]) = all.exponentials(machine, tile, &targets);
-        let (of_last, [k, s, _]) = last.exponentials(machine, tile, &targets[first..]);
+        let (powers, [exponents, sums, logits]) = all.exponentials(machine, tile, &targets, None);
+        let (of_last, [k, s, _]) = last.exponentials(machine, tile, &targets[first..], None);
         assert!(of_last == powers[first * 200..], "powers by {tile:?}");
         assert!(k == exponents[first * 4..] && s == sums[first * 4..], "a strip's numbers by {tile:?}");
         found.push((sum, out, gradient, powers, exponents, sums, logits));

@@ -123,6 +123,24 @@ pub const FAULTS: &[Fault] = &[
         reports: WRONG,
     },
     Fault {
+        name: "the target without the slope of the soft-cap",
+        file: "loss.cu",
+        from: "fmaf(-part, part, 1.f));",
+        to: "1.f);",
+        test: "loss::finish",
+        build: Sanitizer::None,
+        reports: WRONG,
+    },
+    Fault {
+        name: "the slope of the soft-cap with the other sign",
+        file: "loss.cu",
+        from: "fmaf(-part, part, 1.f));",
+        to: "fmaf(part, part, 1.f));",
+        test: "loss::finish",
+        build: Sanitizer::None,
+        reports: WRONG,
+    },
+    Fault {
         name: "sums that lose their last bits",
         file: "loss.cu",
         from: "(first.low + second.low)",
@@ -142,9 +160,10 @@ pub const FAULTS: &[Fault] = &[
     },
 ];
 
-/// Rows of logits, and what a product would leave of them.
+/// Rows of logits, soft-capped or not, and what a product would leave of them.
 struct Case<A> {
     vocab: usize,
+    softcap: Option<f32>,
     logits: Vec<f32>,
     targets: Vec<i32>,
     scales: Vec<f32>,
@@ -156,10 +175,11 @@ struct Case<A> {
 impl<A: Number> Case<A> {
     /// Rows of every kind in turn: common; sure and right; without an idea; of hugely different strips; far below
     /// zero; sure and wrong; without a target, where everything is NaN.
-    fn new(rows: usize, vocab: usize) -> Self {
+    fn new(rows: usize, vocab: usize, softcap: Option<f32>) -> Self {
         let mut random = Random::new((rows * vocab) as u64);
         let mut case = Self {
             vocab,
+            softcap,
             logits: Vec::new(),
             targets: Vec::new(),
             scales: Vec::new(),
@@ -183,13 +203,18 @@ impl<A: Number> Case<A> {
                 6 => logits.fill(f32::NAN),
                 _ => {}
             }
+            if let Some(cap) = softcap {
+                logits.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
+            }
             for strip in logits.chunks(STRIP) {
                 let top = strip.iter().fold(f64::NEG_INFINITY, |top, z| top.max(f64::from(*z) * LOG2_E));
                 // Whole numbers in every other row.
                 let k = if row % 2 == 0 { top.ceil() } else { top + 0.3 } as f32;
                 let k = if kind == 6 { f32::NAN } else { k };
                 let values = strip.iter().map(|z| (f64::from(*z) * LOG2_E - f64::from(k)).exp2());
-                case.e.extend(values.clone().map(|value| A::of(value as f32)));
+                let of_caps = strip.iter().map(|z| slope(*z, softcap));
+                case.e
+                    .extend(values.clone().zip(of_caps).map(|(value, slope)| A::of((value * slope) as f32)));
                 case.sums.push(values.sum::<f64>() as f32);
                 case.exponents.push(k);
             }
@@ -206,6 +231,7 @@ impl<A: Number> Case<A> {
         let of_strips = |values: &[f32]| values[row * strips..][..strips].to_vec();
         Self {
             vocab: self.vocab,
+            softcap: self.softcap,
             logits: self.logits[row * self.vocab..][..self.vocab].to_vec(),
             targets: vec![self.targets[row]],
             scales: vec![self.scales[row]],
@@ -230,7 +256,7 @@ impl<A: Number> Case<A> {
         let mut nats = all.view(2..rows + 2);
         let strips = Strips { exponents: &exponents, sums: &sums };
         let targets = Targets { ids: &ids, logits: &logits, scales: &scales };
-        machine.cuda.loss_finish(&mut e, strips, targets, &mut nats, gradient).unwrap();
+        machine.cuda.loss_finish(&mut e, strips, targets, &mut nats, self.softcap, gradient).unwrap();
         (nats.to_host().unwrap(), e.to_host().unwrap())
     }
 
@@ -265,15 +291,21 @@ impl<A: Number> Case<A> {
 
             let p: Vec<f64> = z.iter().map(|z| (z - log_sum).exp()).collect();
             let mut wanted: Vec<f64> = p.iter().map(|p| p * scale).collect();
+            let slopes =
+                self.logits[row * self.vocab..][..self.vocab].iter().map(|z| slope(*z, self.softcap));
+            let slopes: Vec<f64> = slopes.collect();
+            wanted.iter_mut().zip(&slopes).for_each(|(wanted, slope)| *wanted *= slope);
             // p − 1 as minus the others.
             let others: f64 =
                 z.iter().enumerate().filter(|(j, _)| *j != target).map(|(_, z)| (z - log_sum).exp()).sum();
-            wanted[target] = -others * scale;
+            wanted[target] = -others * scale * slopes[target];
             let exponents = &self.exponents[row * strips..][..strips];
             let largest = exponents.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
             let bound = |j: usize| {
                 if j == target {
-                    return scale.abs() * (p[j] * of_nats + others * (A::ROUNDING + 2.0 * EPSILON));
+                    let of_slope = if self.softcap.is_some() { 4.0 * EPSILON } else { 0.0 };
+                    let relative = p[j] * of_nats + others * (A::ROUNDING + 3.0 * EPSILON);
+                    return scale.abs() * (relative * slopes[j] + others * of_slope);
                 }
                 let apart = f64::from(largest - exponents[j / STRIP]);
                 let relative = of_total + (8.0 + apart) * EPSILON + 2.01 * A::ROUNDING;
@@ -285,11 +317,16 @@ impl<A: Number> Case<A> {
     }
 }
 
-fn check<A: Number>(machine: &Machine, rows: usize, vocab: usize, all_schedules: bool) {
-    let case = Case::<A>::new(rows, vocab);
+/// dz/dx of a logit z = c·tanh(x/c).
+fn slope(z: f32, softcap: Option<f32>) -> f64 {
+    softcap.map_or(1.0, |cap| 1.0 - (f64::from(z) / f64::from(cap)).powi(2))
+}
+
+fn check<A: Number>(machine: &Machine, rows: usize, vocab: usize, softcap: Option<f32>, all_schedules: bool) {
+    let case = Case::<A>::new(rows, vocab, softcap);
     let run = || case.run(machine, true);
     let (nats, e) = if all_schedules { machine.same_under_all_schedules(run) } else { run() };
-    let what = format!("{} {rows}x{vocab}", A::NAME);
+    let what = format!("{} {rows}x{vocab}, soft-cap {softcap:?}", A::NAME);
     let used = case.check(&nats, &e, &what);
     println!("{what}: nats used at most {used:.2} of their bound");
 
@@ -309,8 +346,10 @@ fn finish() {
         [(8, 1), (7, 63), (3, 64), (2, 129), (8, 65), (9, 200), (8, 1000), (1, 1608), (3, 4099), (2, 17_000)];
     // Under ThreadSanitizer threads are what costs.
     for (rows, vocab) in shapes.into_iter().filter(|(rows, vocab)| machine.affordable(256 * rows + vocab)) {
-        check::<f32>(&machine, rows, vocab, true);
-        check::<bf16>(&machine, rows, vocab, true);
+        for softcap in [None, Some(30.0), Some(7.3)] {
+            check::<f32>(&machine, rows, vocab, softcap, true);
+            check::<bf16>(&machine, rows, vocab, softcap, true);
+        }
     }
 }
 
@@ -319,8 +358,8 @@ fn finish() {
 fn large_vocabularies() {
     let Some(machine) = machine() else { return };
     for vocab in [262_144, 256_001] {
-        check::<f32>(&machine, 6, vocab, false);
-        check::<bf16>(&machine, 7, vocab, false);
+        check::<f32>(&machine, 6, vocab, None, false);
+        check::<bf16>(&machine, 7, vocab, Some(30.0), false);
     }
 }
 
@@ -329,7 +368,7 @@ fn shapes_must_match() {
     let Some(machine) = machine() else { return };
     let cuda = &machine.cuda;
     let memory = &cuda.device.memory;
-    let refused = |strips: usize, targets: usize, losses: usize| {
+    let refused_with = |softcap: Option<f32>, strips: usize, targets: usize, losses: usize| {
         let mut e = Buf::from_host(memory, &[1.0_f32; 130], 65).unwrap();
         let of_strips = Buf::from_host(memory, &vec![1.0_f32; 2 * strips], strips).unwrap();
         let ids = Buf::from_host(memory, &vec![0; targets], targets).unwrap();
@@ -338,10 +377,15 @@ fn shapes_must_match() {
         let finish = || {
             let strips = Strips { exponents: &of_strips, sums: &of_strips };
             let targets = Targets { ids: &ids, logits: &of_targets, scales: &of_targets };
-            cuda.loss_finish(&mut e, strips, targets, &mut nats, true)
+            cuda.loss_finish(&mut e, strips, targets, &mut nats, softcap, true)
         };
         catch_unwind(AssertUnwindSafe(finish)).is_err()
     };
+    let refused = |strips, targets, losses| refused_with(None, strips, targets, losses);
     assert!(!refused(2, 2, 2));
     assert!(refused(1, 2, 2) && refused(2, 1, 2) && refused(2, 2, 3));
+    assert!(!refused_with(Some(30.0), 2, 2, 2));
+    for cap in [0.0, -30.0, f32::NAN, f32::INFINITY] {
+        assert!(refused_with(Some(cap), 2, 2, 2), "a soft-cap of {cap}");
+    }
 }

@@ -207,7 +207,7 @@ impl Backend for CudaBackend {
     }
 
     fn embed(&self, table: &Tensor, chunk: &PlacedChunk) -> Result<Tensor> {
-        Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids)?).into())
+        Ok(typed!(table, table => self.cuda.embed(table, &chunk.ids, 1.0)?).into())
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -370,9 +370,9 @@ impl Backend for CudaBackend {
         let samples = chunk.as_ref().samples().collect();
         let (nats, dx) = match (self.operand(x)?, weight) {
             (Tensor::Bf16(x), Tensor::Bf16(weight)) => {
-                self.cross_entropy(&x, weight, chunk, want_gradient)?
+                self.cross_entropy(&x, weight, chunk, None, want_gradient)?
             }
-            (x, weight) => self.cross_entropy(wide(&x), wide(weight), chunk, want_gradient)?,
+            (x, weight) => self.cross_entropy(wide(&x), wide(weight), chunk, None, want_gradient)?,
         };
         Ok((DeviceNats { nats, samples }, dx.map(Into::into)))
     }

@@ -10,12 +10,14 @@ use crate::error::Result;
 
 impl CudaBackend {
     /// x `[N, D]`, weight `[V, D]` → nats of each row `[1, N]`, 0 where it has no target, and the gradient `[N, D]`, with
-    /// each row's loss weighted by its scale. At most [`logit_rows`] rows of logits exist at a time.
+    /// each row's loss weighted by its scale; with a `softcap` of softcap·tanh(logits/softcap). At most [`logit_rows`] rows
+    /// of logits exist at a time.
     pub(super) fn cross_entropy<A: Operand>(
         &self,
         x: &Buf<A>,
         weight: &Buf<A>,
         chunk: &PlacedChunk,
+        softcap: Option<f32>,
         want_gradient: bool,
     ) -> Result<(Buf<f32>, Option<Buf<f32>>)> {
         let (cuda, memory) = (&self.cuda, &self.cuda.device.memory);
@@ -25,11 +27,11 @@ impl CudaBackend {
         for start in (0..x.rows()).step_by(at_once) {
             let rows = start..(start + at_once).min(x.rows());
             let (ids, scales) = (chunk.targets.elements(rows.clone()), chunk.scales.elements(rows.clone()));
-            let mut found = cuda.linear_exponentials(&x.view(rows.clone()), weight, &ids)?;
+            let mut found = cuda.linear_exponentials(&x.view(rows.clone()), weight, &ids, softcap)?;
             let strips = Strips { exponents: &found.exponents, sums: &found.sums };
             let targets = Targets { ids: &ids, logits: &found.target_logits, scales: &scales };
             let mut nats = nats.elements(rows.clone());
-            cuda.loss_finish(&mut found.powers, strips, targets, &mut nats, want_gradient)?;
+            cuda.loss_finish(&mut found.powers, strips, targets, &mut nats, softcap, want_gradient)?;
             if let Some(dx) = &dx {
                 cuda.linear_backward_into(&found.powers, weight, &mut dx.view(rows))?;
             }

@@ -6,7 +6,7 @@ use super::{Buf, Cuda, Real};
 use crate::error::Result;
 
 impl Cuda {
-    /// The table's rows of these ids as float32; table `[V, D]`, ids `[1, N]`, each below V → `[N, D]`.
+    /// The table's rows of these ids as float32, times `scale`; table `[V, D]`, ids `[1, N]`, each below V → `[N, D]`.
     ///
     /// # Errors
     ///
@@ -15,7 +15,7 @@ impl Cuda {
     /// # Panics
     ///
     /// The ids are not one row.
-    pub fn embed<A: Real>(&self, table: &Buf<A>, ids: &Buf<u32>) -> Result<Buf<f32>> {
+    pub fn embed<A: Real>(&self, table: &Buf<A>, ids: &Buf<u32>, scale: f32) -> Result<Buf<f32>> {
         assert_eq!(ids.rows(), 1, "ids are one row");
         let (tokens, width) = (ids.width(), table.width());
         let kernel = self.kernel("embed.cu", A::FORMAT.pick("embed_f32", "embed_bf16"))?;
@@ -26,6 +26,7 @@ impl Cuda {
             .launch(&kernel)
             .arg(A::FORMAT.pick("const float* table", "const bf16* table"), table)
             .arg("const u32* ids", ids)
+            .arg("float scale", scale)
             .arg("i64 rows", rows.rows())
             .arg("int width", int(width))
             .arg("int lanes", rows.lanes())

@@ -27,9 +27,16 @@ pub struct Targets<'a> {
     pub scales: &'a Buf<f32>,
 }
 
+/// The kernels' number for a soft-cap; 0 is none.
+pub(super) fn softcap_number(softcap: Option<f32>) -> f32 {
+    assert!(softcap.is_none_or(|cap| cap.is_finite() && cap > 0.0), "a soft-cap of {softcap:?}");
+    softcap.unwrap_or(0.0)
+}
+
 impl Cuda {
     /// Cross-entropy of each row, `[1, R]` or `[R, 1]` into `nats`, 0 without a target. With `gradient`, e becomes
-    /// scale·(p − onehot), zero without a target. e `[R, V]`: 2^(z·log₂e − k) of each logit z.
+    /// scale·(p − onehot), zero without a target. e `[R, V]`: 2^(z·log₂e − k) of each logit z. Where logits are
+    /// soft-capped, z = softcap·tanh(x/softcap), e is that times dz/dx and becomes the gradient by x.
     ///
     /// # Errors
     ///
@@ -37,13 +44,14 @@ impl Cuda {
     ///
     /// # Panics
     ///
-    /// The shapes do not match.
+    /// The shapes do not match, or the soft-cap is not a positive number.
     pub fn loss_finish<A: Real>(
         &self,
         e: &mut Buf<A>,
         strips: Strips<'_>,
         targets: Targets<'_>,
         nats: &mut Buf<f32>,
+        softcap: Option<f32>,
         gradient: bool,
     ) -> Result<()> {
         let (rows, vocab) = (e.rows(), e.width());
@@ -66,6 +74,7 @@ impl Cuda {
             .arg("const int* targets", targets.ids)
             .arg("const float* scales", targets.scales)
             .arg("float* nats", &*nats)
+            .arg("float softcap", softcap_number(softcap))
             .arg("int vocab", int(vocab))
             .arg("int gradient", i32::from(gradient));
         // SAFETY: e is [rows, vocab], exponents and sums [rows, ⌈vocab/64⌉], the others [rows]; targets are below

@@ -4,19 +4,19 @@
 use super::tile::{Direction, Operation, Shape, Tile};
 use super::{Product, assert_size};
 use crate::backend::cuda::launch::int;
-use crate::backend::cuda::loss::STRIP;
+use crate::backend::cuda::loss::{STRIP, softcap_number};
 use crate::backend::cuda::rope::RopeTable;
 use crate::backend::cuda::{Activation, Buf, Cuda, Real};
 use crate::error::Result;
 
 /// 2^(z·log2 e − k) of logits z `[N, V]`, with an integer k for each row and strip of 64 columns, that of the
-/// strip's largest: everything softmax needs, in few bits.
+/// strip's largest: everything softmax needs, in few bits. z may be soft-capped: c·tanh(x/c) of what the product gave.
 pub struct Exponentials<A> {
-    /// The powers. `[N, V]`
+    /// The powers, where z is soft-capped times dz/dx = 1 − (z/c)². `[N, V]`
     pub powers: Buf<A>,
     /// k. `[N, ceil(V / 64)]`
     pub exponents: Buf<f32>,
-    /// Sums of the powers over the strips, before they were rounded. `[N, ceil(V / 64)]`
+    /// Sums of the powers over the strips, without dz/dx and before they were rounded. `[N, ceil(V / 64)]`
     pub sums: Buf<f32>,
     /// z at each row's target; unspecified where there is none. `[1, N]`
     pub target_logits: Buf<f32>,
@@ -253,7 +253,7 @@ impl Cuda {
         Ok(dgate_up)
     }
 
-    /// What softmax needs of the logits z = x · weightᵀ, which are not written.
+    /// What softmax needs of the logits z = x · weightᵀ, or softcap·tanh of them over softcap; they are not written.
     /// x `[N, D]` · weight `[V, D]` · targets `[1, N]`, −1 for none
     ///
     /// # Errors
@@ -262,14 +262,15 @@ impl Cuda {
     ///
     /// # Panics
     ///
-    /// As there.
+    /// As there, or the soft-cap is not a positive number.
     pub fn linear_exponentials<A: Real>(
         &self,
         x: &Buf<A>,
         weight: &Buf<A>,
         targets: &Buf<i32>,
+        softcap: Option<f32>,
     ) -> Result<Exponentials<A>> {
-        self.linear_exponentials_with(self.tile(Direction::Forward, x, weight), x, weight, targets)
+        self.linear_exponentials_with(self.tile(Direction::Forward, x, weight), x, weight, targets, softcap)
     }
 
     /// [`Cuda::linear_exponentials`] by a kernel of the caller's choice.
@@ -287,7 +288,9 @@ impl Cuda {
         x: &Buf<A>,
         weight: &Buf<A>,
         targets: &Buf<i32>,
+        softcap: Option<f32>,
     ) -> Result<Exponentials<A>> {
+        let softcap = softcap_number(softcap);
         let product =
             Product { operation: Operation::Exponentials, tile, left: x, weight, output: A::FORMAT };
         let Shape { rows, out_features, .. } = product.shape();
@@ -306,6 +309,7 @@ impl Cuda {
                 .arg("float* exponents", &found.exponents)
                 .arg("float* sums", &found.sums)
                 .arg("float* target_logits", &found.target_logits)
+                .arg("float softcap", softcap)
         })?;
         Ok(found)
     }
