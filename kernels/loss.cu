@@ -6,7 +6,7 @@
 //   target_logits [R]    float32: z at the target
 //   targets [R]          the target's column, or −1: none, and then nothing but this is read of the row
 //   scales [R]           float32: what the loss of the row is multiplied by
-//   softcap              c; 0: none
+//   softcap              c; 0 for none
 //
 // and this makes
 //
