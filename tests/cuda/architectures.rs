@@ -3,11 +3,12 @@
 use super::faults::{is_child, run_child};
 use super::machine::runs_here;
 
-const TESTS: [&str; 4] = [
+const TESTS: [&str; 5] = [
     "norm::a_norm_per_head_is_a_norm_of_shorter_rows",
     "stats::many_samples",
     "linear::linear_matches_float64",
     "linear::bits_of_a_row_do_not_depend_on_other_rows_or_the_tile",
+    "moe_products::bits_of_a_token_do_not_depend_on_other_tokens",
 ];
 
 fn on(compute_capability: &str) {

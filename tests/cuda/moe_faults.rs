@@ -12,7 +12,8 @@ const COMBINE_BACKWARD: &str = "moe::combine_backward";
 const MMA: &str = "moe_products::mma_sync_multiplies_each_row_by_its_experts_weight";
 const WGMMA: &str = "moe_products::wgmma_multiplies_each_row_by_its_experts_weight";
 const FFMA: &str = "moe_products::ffma_multiplies_each_row_by_its_experts_weight";
-const OUTSIDE: &[&str] = &["out of bounds", "instead of", "relative error", "other bytes under"];
+const OUTSIDE: &[&str] =
+    &["out of bounds", "no device allocation", "instead of", "relative error", "other bytes under"];
 
 /// One place of one file changed, run without a sanitizer.
 const fn fault(
