@@ -165,7 +165,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
         model_type: "gemma2",
         classes: &["Gemma2ForCausalLM"],
         softcaps: Some(Softcaps {
-            attention: ("attn_logit_softcapping", Some(50.0)),
+            attention: Some(("attn_logit_softcapping", Some(50.0))),
             logits: ("final_logit_softcapping", Some(30.0)),
         }),
         window: Some(Window {
@@ -181,10 +181,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture {
         model_type: "gemma3_text",
         classes: &["Gemma3ForCausalLM"],
-        softcaps: Some(Softcaps {
-            attention: ("attn_logit_softcapping", None),
-            logits: ("final_logit_softcapping", None),
-        }),
+        softcaps: Some(Softcaps { attention: None, logits: ("final_logit_softcapping", None) }),
         window: Some(Window {
             width: Some(4096),
             switch: None,

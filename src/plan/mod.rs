@@ -268,7 +268,7 @@ impl Plan {
         if bare {
             weight_bytes = 2 * spec.num_parameters();
         }
-        if !(to_come && args.dry_run) && !bare {
+        if !(bare || (to_come && args.dry_run)) {
             let checkpoint = files.checkpoint()?;
             tensors = checkpoint.load(&spec.weights)?;
             weight_bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();

@@ -39,7 +39,8 @@ impl Architecture {
             Some(Window { layers: Windowed::AllButEvery { key, .. }, .. }) => *key,
             _ => None,
         };
-        let softcaps = softcaps.iter().flat_map(|caps| [caps.attention.0, caps.logits.0]);
+        let softcaps = softcaps.iter().flat_map(|caps| caps.attention.into_iter().chain([caps.logits]));
+        let softcaps = softcaps.map(|(key, _)| key);
         let experts = experts.iter().flat_map(|keys| [keys.count.0, keys.per_token.0]);
         let others = [attention_scalar.map(|(key, _)| key), local_rope.map(|(key, _)| key), period];
         others.into_iter().flatten().chain(softcaps).chain(experts).any(|read| read == key)
@@ -71,8 +72,8 @@ pub enum Bias {
 /// Keys of the soft-caps and their defaults; null means none.
 #[derive(Debug)]
 pub struct Softcaps {
-    /// Of attention scores.
-    pub attention: (&'static str, Option<f64>),
+    /// Of attention scores; `None` where transformers does not read it.
+    pub attention: Option<(&'static str, Option<f64>)>,
     /// Of the logits.
     pub logits: (&'static str, Option<f64>),
 }

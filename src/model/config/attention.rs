@@ -21,5 +21,5 @@ pub(super) fn read_softcaps(keys: Keys<'_>, row: &Architecture) -> Result<(Optio
         Some(value) if value.is_null() => Ok(None),
         Some(_) => keys.positive(key),
     };
-    Ok((read(caps.attention)?, read(caps.logits)?))
+    Ok((caps.attention.map(read).transpose()?.flatten(), read(caps.logits)?))
 }
