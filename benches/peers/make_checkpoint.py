@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 SHAPES = {
     "qwen2.5-0.5b": dict(family="qwen2", D=896, I=4864, L=24, H=14, K=2, Hd=64, V=151936, tied=True, theta=1000000.0, eps=1e-06, positions=32768),
     "llama-3-8b": dict(family="llama", D=4096, I=14336, L=32, H=32, K=8, Hd=128, V=128256, tied=False, theta=500000.0, eps=1e-05, positions=8192),
+    # A mixture of 8 experts, 2 for each token, and a dense model of the same work for each token.
+    "experts": dict(family="mixtral", D=1024, I=1792, L=6, H=16, K=4, Hd=64, V=8192, E=8, top=2, tied=False, theta=1000000.0, eps=1e-05, positions=8192),
+    "as-many-flops": dict(family="llama", D=1024, I=3584, L=6, H=16, K=4, Hd=64, V=8192, tied=False, theta=1000000.0, eps=1e-05, positions=8192),
     # For trying out what uses them.
     "tiny-qwen": dict(family="qwen2", D=64, I=160, L=3, H=4, K=2, Hd=16, V=1024, tied=True, theta=1000000.0, eps=1e-06, positions=32768),
     "tiny-llama": dict(family="llama", D=128, I=256, L=3, H=4, K=2, Hd=32, V=1024, tied=False, theta=500000.0, eps=1e-05, positions=8192),
@@ -37,9 +40,16 @@ def layout(shape):
             if shape["family"] == "qwen2":
                 yield f"{p}self_attn.{name}_proj.bias", (rows,), 0.1
         yield f"{p}self_attn.o_proj.weight", (D, H * Hd), 0.02
-        yield f"{p}mlp.gate_proj.weight", (I, D), 0.02
-        yield f"{p}mlp.up_proj.weight", (I, D), 0.02
-        yield f"{p}mlp.down_proj.weight", (D, I), 0.02
+        if shape["family"] == "mixtral":
+            moe = f"{p}block_sparse_moe."
+            yield f"{moe}gate.weight", (shape["E"], D), 0.02
+            for e in range(shape["E"]):
+                for name, dims in ("w1", (I, D)), ("w3", (I, D)), ("w2", (D, I)):
+                    yield f"{moe}experts.{e}.{name}.weight", dims, 0.02
+        else:
+            yield f"{p}mlp.gate_proj.weight", (I, D), 0.02
+            yield f"{p}mlp.up_proj.weight", (I, D), 0.02
+            yield f"{p}mlp.down_proj.weight", (D, I), 0.02
         for norm in "input_layernorm", "post_attention_layernorm":
             yield f"{p}{norm}.weight", (D,), None
     if not shape["tied"]:
@@ -80,6 +90,9 @@ def config(shape):
     if shape["family"] == "qwen2":
         return dict(common, architectures=["Qwen2ForCausalLM"], model_type="qwen2", max_window_layers=shape["L"],
                     sliding_window=32768, use_sliding_window=False)
+    if shape["family"] == "mixtral":
+        return dict(common, architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=shape["E"],
+                    num_experts_per_tok=shape["top"], sliding_window=None, output_router_logits=False)
     return dict(common, architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False, mlp_bias=False, rope_scaling=None)
 
 

@@ -143,8 +143,8 @@ pub trait Lower {
     /// The op lists as this backend runs them; `usages` has one entry per layer.
     fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Self::Fused>;
 
-    /// The sizes that are fast, if memory allows.
-    fn appetite(&self, gradients: bool) -> Appetite;
+    /// The sizes that are fast for a model, if memory allows.
+    fn appetite(&self, spec: &Spec, gradients: bool) -> Appetite;
 
     /// Bytes per token of each slot's value, and at most those of its gradient.
     fn slot_bytes(&self, block: &Block<Self::Fused>) -> Vec<usize>;

@@ -74,6 +74,17 @@ impl Spec {
         2 * (self.vocab_size as u64) * (self.hidden_size as u64)
     }
 
+    /// E/k, rounded down: how many experts there are for each that a token goes to; 1 without experts.
+    pub fn experts_per_choice(&self) -> usize {
+        let of = |block: &Block| {
+            block.ops.iter().find_map(|op| match op {
+                Op::Route { logits, top_k, .. } => Some(block.widths[logits.0] / top_k),
+                _ => None,
+            })
+        };
+        self.blocks.iter().filter_map(of).max().unwrap_or(1)
+    }
+
     /// Whether the logits have a soft-cap.
     pub fn has_capped_logits(&self) -> bool {
         self.head.ops.iter().any(|op| matches!(op, Op::Loss { softcap: Some(_), .. }))

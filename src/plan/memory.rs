@@ -95,7 +95,7 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let longest = demand.max_length.min(demand.max_positions);
     let needed = longest.saturating_mul(demand.num_samples).max(1);
     let Appetite { mut chunk_tokens, least_chunk_tokens, pass_tokens, streamed_pass_tokens } =
-        backend.appetite(gradients);
+        backend.appetite(spec, gradients);
     if let Some(tokens) = demand.tokens_per_pass {
         chunk_tokens = chunk_tokens.min(tokens);
     }

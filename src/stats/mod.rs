@@ -68,7 +68,7 @@ pub struct Tap {
 
 /// A value or gradient that cannot be added up, in this sample of the corpus.
 fn not_finite(tap: Tap, sample: u64) -> Error {
-    Error::new(format!("not a finite number in the {} of the {} output", tap.direction, tap.site.name()))
+    Error::new(format!("not a finite number in the {} at site {}", tap.direction, tap.site.name()))
         .at(format!("layer {}, sample {sample} (counted from 0 among the kept texts)", tap.layer))
         .expected("finite values everywhere")
         .found("NaN or infinity")

@@ -150,8 +150,9 @@ impl<T: Element> Lower for Cpu<T> {
         Program::unfused(spec, usages)
     }
 
-    fn appetite(&self, gradients: bool) -> Appetite {
-        let chunk_tokens = CHUNK_TOKENS[usize::from(gradients)];
+    fn appetite(&self, spec: &Spec, gradients: bool) -> Appetite {
+        // An expert sees a part of the tokens; so that it has as many rows to multiply, or half of them at least.
+        let chunk_tokens = CHUNK_TOKENS[usize::from(gradients)] * (spec.experts_per_choice() / 2).max(1);
         Appetite {
             chunk_tokens,
             least_chunk_tokens: chunk_tokens,

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::{CudaEvent, sys};
 
 use super::chunk::PlacedChunk;
+use super::cross_entropy::DeviceNats;
 use super::device::driver_failed;
 use super::fused::wide;
 use super::lower::{CudaLower, Fused};
@@ -33,12 +34,6 @@ pub struct CudaBackend {
     pub(super) staging: Staging,
     /// The longest table so far of each list of frequencies: passes ask for much the same.
     ropes: Mutex<Vec<(Vec<f32>, Arc<RopeTable>)>>,
-}
-
-/// Nats of each row, on the device, and which rows are a sample's.
-pub struct DeviceNats {
-    nats: Buf<f32>,
-    samples: Vec<Range<usize>>,
 }
 
 impl CudaBackend {

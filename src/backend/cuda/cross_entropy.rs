@@ -1,5 +1,7 @@
 //! The head: logits of some rows at a time, their losses, and the gradient of what the logits were made of.
 
+use std::ops::Range;
+
 use super::Buf;
 use super::backend::CudaBackend;
 use super::chunk::PlacedChunk;
@@ -7,6 +9,12 @@ use super::fused::Operand;
 use super::loss::{Strips, Targets};
 use super::lower::logit_rows;
 use crate::error::Result;
+
+/// Nats of each row, on the device, and which rows are a sample's.
+pub struct DeviceNats {
+    pub(super) nats: Buf<f32>,
+    pub(super) samples: Vec<Range<usize>>,
+}
 
 impl CudaBackend {
     /// x `[N, D]`, weight `[V, D]` → nats of each row `[1, N]`, 0 where it has no target, and the gradient `[N, D]`, with

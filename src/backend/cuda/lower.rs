@@ -165,7 +165,7 @@ impl Lower for CudaLower {
         program
     }
 
-    fn appetite(&self, gradients: bool) -> Appetite {
+    fn appetite(&self, _: &Spec, gradients: bool) -> Appetite {
         // Large enough to fill any device, small enough that what a pass keeps leaves room for the model.
         Appetite {
             chunk_tokens: 8192,

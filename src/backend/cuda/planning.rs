@@ -13,8 +13,8 @@ impl Lower for CudaBackend {
         self.lower.lower(spec, usages)
     }
 
-    fn appetite(&self, gradients: bool) -> Appetite {
-        self.lower.appetite(gradients)
+    fn appetite(&self, spec: &Spec, gradients: bool) -> Appetite {
+        self.lower.appetite(spec, gradients)
     }
 
     fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
