@@ -134,13 +134,18 @@ fn rope() {
         let mut random = Random::new(3);
         let (x, c) = (random.normals(chunk.num_tokens() * width), random.normals(chunk.num_tokens() * width));
         let run = |x: &[f64]| cpu.rope(&cpu.from_slice(x, width), heads, &table, &chunk).unwrap().to_vec();
-        // The last row of the first sample, first head, pair (1, 1 + Hd/2).
-        let (row, position) = (chunk.cu_seqlens[1] - 1, chunk.cu_seqlens[1] - 1);
-        let angle = f64::from(position as f32 * freq[1]);
-        let (a, b) = (x[row * width + 1], x[row * width + 4]);
-        let y = run(&x);
-        assert!((y[row * width + 1] - (a * angle.cos() - b * angle.sin())).abs() < 1e-12);
-        assert!((y[row * width + 4] - (b * angle.cos() + a * angle.sin())).abs() < 1e-12);
+        // Positions start anew in each sample; pairs are (j, j + Hd/2).
+        let mut expected = vec![0.0; x.len()];
+        for (position, row) in chunk.samples().flat_map(Iterator::enumerate) {
+            for (head, j) in (0..heads).flat_map(|head| (0..3).map(move |j| (head, j))) {
+                let (first, second) =
+                    (row * width + head * head_dim + j, row * width + head * head_dim + j + 3);
+                let angle = f64::from(position as f32 * freq[j]);
+                expected[first] = x[first] * angle.cos() - x[second] * angle.sin();
+                expected[second] = x[second] * angle.cos() + x[first] * angle.sin();
+            }
+        }
+        assert!(relative_l2(&run(&x), &expected) < 1e-14, "{lengths:?}");
         let dy = cpu.from_slice(&c, width);
         let dx = adds(&cpu, "rope", width, |dx| cpu.rope_backward(&dy, heads, &table, &chunk, dx).unwrap());
         check("rope", &x, &dx, |x| dot(&run(x), &c));
@@ -163,8 +168,10 @@ fn attention_by_definition(qkv: [&[f64]; 3], lengths: &[usize], a: &Attention) -
                 let scores: Vec<f64> = seen
                     .iter()
                     .map(|j| a.scale * dot(q, &k[(start + j) * kv_width + kv..][..hd]))
-                    .map(|s| a.softcap.map_or(s, |cap| cap * (s / cap).tanh()).exp())
+                    .map(|s| a.softcap.map_or(s, |cap| cap * (s / cap).tanh()))
                     .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let scores: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
                 let total: f64 = scores.iter().sum();
                 for (j, score) in seen.iter().zip(&scores) {
                     for d in 0..hd {
@@ -229,6 +236,28 @@ fn attend() {
     }
 }
 
+/// Scores whose exponentials are no numbers.
+#[test]
+fn attend_with_large_scores() {
+    let cpu = Cpu::<f64>::new();
+    let (lengths, width) = ([5, 9], 4);
+    let chunk = chunk(&lengths, 10, 4);
+    let mut random = Random::new(12);
+    let [q, k, v] = [3000.0, 1.0, 1.0]
+        .map(|scale| -> Vec<f64> { random.normals(14 * width).into_iter().map(|x| scale * x).collect() });
+    let bufs = [&q, &k, &v].map(|x| cpu.from_slice(x, width));
+    let qkv = [&bufs[0], &bufs[1], &bufs[2]];
+    for softcap in [None, Some(900.0)] {
+        let attention =
+            Attention { heads: 1, kv_heads: 1, head_dim: width, window: None, scale: 1.0, softcap };
+        let expected = attention_by_definition([&q, &k, &v], &lengths, &attention);
+        let out = cpu.attend(qkv, &attention, &chunk).unwrap();
+        assert!(relative_l2(&out, &expected) < 1e-10, "{softcap:?}");
+        let gradients = cpu.attend_backward(qkv, &attention, &chunk, &out, [None, None, None]).unwrap();
+        assert!(gradients.iter().all(|gradient| gradient.iter().all(|g| g.is_finite())), "{softcap:?}");
+    }
+}
+
 #[test]
 fn gate() {
     let cpu = Cpu::<f64>::new();
@@ -241,6 +270,18 @@ fn gate() {
     };
     for (activation, by_definition) in [(Activation::Silu, silu), (Activation::GeluTanh, gelu_tanh)] {
         gate_of(&cpu, activation, by_definition, [&g, &u, &c]);
+        // Where an exponential is no number: the gate is open or shut.
+        let ends = [-2000.0, -100.0, -0.0, 0.0, 100.0, 2000.0];
+        let narrow = Cpu::<f32>::new();
+        let (g, ones) = (narrow.from_slice(&ends.map(|g| g as f32), 6), narrow.from_slice(&[1.0; 6], 6));
+        let out = narrow.gate(&g, &ones, activation).unwrap();
+        let [dg, du] = narrow.gate_backward(&g, &ones, activation, &ones, [None, None]).unwrap();
+        for (index, end) in ends.iter().enumerate() {
+            let (open, slope) = (end.max(0.0), if *end == 0.0 { 0.5 } else { f64::from(*end > 0.0) });
+            for (found, expected) in [(&out, open), (&du, open), (&dg, slope)] {
+                assert!((f64::from(found[index]) - expected).abs() < 1e-6 * end.abs().max(1.0), "{end}");
+            }
+        }
     }
 }
 
@@ -274,13 +315,14 @@ fn add() {
 fn loss() {
     let cpu = Cpu::<f64>::new();
     // A vocabulary of several tiles, whose last one is narrow.
-    let cases = LENGTHS.iter().flat_map(|l| [(l, 10, None), (l, 257, Some(2.5)), (l, 600, None)]);
-    for (lengths, vocab, softcap) in cases {
+    let of = |l| [(l, 10, None, 1.0), (l, 257, Some(2.5), 1.0), (l, 600, None, 1.0), (l, 300, None, 500.0)];
+    // The last are logits whose exponentials are no numbers.
+    for (lengths, vocab, softcap, scale) in LENGTHS.iter().flat_map(of) {
         let chunk = chunk(lengths, vocab, 6);
         let width = 5;
         let n = chunk.num_tokens();
         let mut random = Random::new(6);
-        let x = random.normals(n * width);
+        let x: Vec<f64> = random.normals(n * width).into_iter().map(|x| scale * x).collect();
         let w: Vec<f64> = random.normals(vocab * width).iter().map(|&v| f64::from(v as f32)).collect();
         let weight = tensor(Dtype::F32, &[vocab, width], &w);
         let run = |x: &[f64]| cpu.loss(&cpu.from_slice(x, width), &weight, softcap, &chunk, true).unwrap();
@@ -292,7 +334,8 @@ fn loss() {
                     let z = (0..vocab).map(|j| dot(&x[r * width..][..width], &w[j * width..][..width]));
                     let z: Vec<f64> =
                         z.map(|z| softcap.map_or(z, |cap: f64| cap * (z / cap).tanh())).collect();
-                    let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+                    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let lse = max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln();
                     lse - z[chunk.ids[r + 1] as usize]
                 })
                 .sum();
