@@ -55,6 +55,22 @@ fn token_ids_are_those_of_transformers() {
     }
 }
 
+/// A site that a model lost would be compared nowhere.
+#[test]
+fn models_have_the_sites_of_their_goldens() {
+    for name in GOLDENS {
+        let golden = load(name, "corpus.jsonl", settings(name).0, 1 << 20, 1);
+        let expected = Expected::read(&folder(name).join("expected.safetensors"));
+        for (layer, site) in
+            (0..golden.spec.blocks.len()).flat_map(|layer| Site::ALL.map(|site| (layer, site)))
+        {
+            let there = expected.has(&format!("layer_{layer}.{}.mean", site_key(site, "values")));
+            assert_eq!(golden.spec.site_width(layer, site).is_some(), there, "{name} {layer} {site:?}");
+        }
+        assert!(!expected.has(&format!("layer_{}.values.mean", golden.spec.blocks.len())), "{name}: layers");
+    }
+}
+
 #[test]
 fn statistics_are_those_of_transformers() {
     for name in GOLDENS {

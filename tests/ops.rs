@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "ops/attention.rs"]
+mod attention;
 mod common;
 #[path = "ops/moe.rs"]
 mod moe;
@@ -10,7 +12,7 @@ mod moe;
 use common::{Random, relative_l2, tensor, tolerance};
 use gradlens::backend::cpu::{Buf, Cpu};
 use gradlens::backend::{Backend, Chunk, Moments};
-use gradlens::model::op::{Attention, RmsNorm};
+use gradlens::model::op::RmsNorm;
 use gradlens::model::{Activation, Dtype};
 
 /// Lengths of the samples of a chunk: one token, none, more than an attention block, fewer rows in all
@@ -134,98 +136,21 @@ fn rope() {
         let mut random = Random::new(3);
         let (x, c) = (random.normals(chunk.num_tokens() * width), random.normals(chunk.num_tokens() * width));
         let run = |x: &[f64]| cpu.rope(&cpu.from_slice(x, width), heads, &table, &chunk).unwrap().to_vec();
-        // The last row of the first sample, first head, pair (1, 1 + Hd/2).
-        let (row, position) = (chunk.cu_seqlens[1] - 1, chunk.cu_seqlens[1] - 1);
-        let angle = f64::from(position as f32 * freq[1]);
-        let (a, b) = (x[row * width + 1], x[row * width + 4]);
-        let y = run(&x);
-        assert!((y[row * width + 1] - (a * angle.cos() - b * angle.sin())).abs() < 1e-12);
-        assert!((y[row * width + 4] - (b * angle.cos() + a * angle.sin())).abs() < 1e-12);
+        // Positions start anew in each sample; pairs are (j, j + Hd/2).
+        let mut expected = vec![0.0; x.len()];
+        for (position, row) in chunk.samples().flat_map(Iterator::enumerate) {
+            for (head, j) in (0..heads).flat_map(|head| (0..3).map(move |j| (head, j))) {
+                let (first, second) =
+                    (row * width + head * head_dim + j, row * width + head * head_dim + j + 3);
+                let angle = f64::from(position as f32 * freq[j]);
+                expected[first] = x[first] * angle.cos() - x[second] * angle.sin();
+                expected[second] = x[second] * angle.cos() + x[first] * angle.sin();
+            }
+        }
+        assert!(relative_l2(&run(&x), &expected) < 1e-14, "{lengths:?}");
         let dy = cpu.from_slice(&c, width);
         let dx = adds(&cpu, "rope", width, |dx| cpu.rope_backward(&dy, heads, &table, &chunk, dx).unwrap());
         check("rope", &x, &dx, |x| dot(&run(x), &c));
-    }
-}
-
-/// Attention of one sample by its definition.
-fn attention_by_definition(qkv: [&[f64]; 3], lengths: &[usize], a: &Attention) -> Vec<f64> {
-    let [q, k, v] = qkv;
-    let (hd, group) = (a.head_dim, a.heads / a.kv_heads);
-    let (q_width, kv_width) = (a.heads * hd, a.kv_heads * hd);
-    let mut out = vec![0.0; q.len()];
-    let mut start = 0;
-    for &length in lengths {
-        for h in 0..a.heads {
-            let kv = h / group * hd;
-            for i in 0..length {
-                let q = &q[(start + i) * q_width + h * hd..][..hd];
-                let seen: Vec<usize> = (0..=i).filter(|&j| a.window.is_none_or(|w| i - j < w)).collect();
-                let scores: Vec<f64> = seen
-                    .iter()
-                    .map(|j| a.scale * dot(q, &k[(start + j) * kv_width + kv..][..hd]))
-                    .map(|s| a.softcap.map_or(s, |cap| cap * (s / cap).tanh()).exp())
-                    .collect();
-                let total: f64 = scores.iter().sum();
-                for (j, score) in seen.iter().zip(&scores) {
-                    for d in 0..hd {
-                        out[(start + i) * q_width + h * hd + d] +=
-                            score / total * v[(start + j) * kv_width + kv + d];
-                    }
-                }
-            }
-        }
-        start += length;
-    }
-    out
-}
-
-#[test]
-fn attend() {
-    let cpu = Cpu::<f64>::new();
-    for lengths in LENGTHS {
-        let shapes = [
-            (4, 2, None, None),
-            (2, 2, Some(3), Some(0.8)),
-            (3, 1, Some(1), None),
-            (2, 1, Some(65), None),
-            (2, 1, None, Some(1.3)),
-        ];
-        for (heads, kv_heads, window, softcap) in shapes {
-            let chunk = chunk(lengths, 10, 4);
-            let attention = Attention { heads, kv_heads, head_dim: 4, window, scale: 0.7, softcap };
-            let n = chunk.num_tokens();
-            let mut random = Random::new(4);
-            let widths = [heads * 4, kv_heads * 4, kv_heads * 4];
-            let inputs = widths.map(|w| random.normals(n * w));
-            let c = random.normals(n * widths[0]);
-            let bufs = |inputs: &[Vec<f64>; 3]| [0, 1, 2].map(|i| cpu.from_slice(&inputs[i], widths[i]));
-            let run = |inputs: &[Vec<f64>; 3]| {
-                let b = bufs(inputs);
-                cpu.attend([&b[0], &b[1], &b[2]], &attention, &chunk).unwrap().to_vec()
-            };
-            let expected = attention_by_definition([&inputs[0], &inputs[1], &inputs[2]], lengths, &attention);
-            assert!(relative_l2(&run(&inputs), &expected) < 1e-12, "{lengths:?} {window:?}");
-            let b = bufs(&inputs);
-            let dout = cpu.from_slice(&c, widths[0]);
-            let qkv = [&b[0], &b[1], &b[2]];
-            let backward = |before| cpu.attend_backward(qkv, &attention, &chunk, &dout, before).unwrap();
-            let gradients = backward([None, None, None]).map(|g| g.to_vec());
-            let again = backward([0, 1, 2].map(|i| Some(cpu.from_slice(&gradients[i], widths[i]))));
-            for i in 0..3 {
-                let doubled: Vec<f64> = gradients[i].iter().map(|g| 2.0 * g).collect();
-                assert!(relative_l2(&again[i], &doubled) < 1e-12);
-                check(
-                    &format!("attention input {i} {lengths:?} {window:?}"),
-                    &inputs[i],
-                    &gradients[i],
-                    |x| {
-                        let mut moved = inputs.clone();
-                        moved[i] = x.to_vec();
-                        dot(&run(&moved), &c)
-                    },
-                );
-            }
-        }
     }
 }
 
@@ -241,6 +166,18 @@ fn gate() {
     };
     for (activation, by_definition) in [(Activation::Silu, silu), (Activation::GeluTanh, gelu_tanh)] {
         gate_of(&cpu, activation, by_definition, [&g, &u, &c]);
+        // Where an exponential is no number: the gate is open or shut.
+        let ends: [f64; 6] = [-2000.0, -100.0, -0.0, 0.0, 100.0, 2000.0];
+        let narrow = Cpu::<f32>::new();
+        let (g, ones) = (narrow.from_slice(&ends.map(|g| g as f32), 6), narrow.from_slice(&[1.0; 6], 6));
+        let out = narrow.gate(&g, &ones, activation).unwrap();
+        let [dg, du] = narrow.gate_backward(&g, &ones, activation, &ones, [None, None]).unwrap();
+        for (index, end) in ends.into_iter().enumerate() {
+            let (open, slope) = (end.max(0.0), if end == 0.0 { 0.5 } else { f64::from(end > 0.0) });
+            for (found, expected) in [(&out, open), (&du, open), (&dg, slope)] {
+                assert!((f64::from(found[index]) - expected).abs() < 1e-6 * end.abs().max(1.0), "{end}");
+            }
+        }
     }
 }
 
@@ -274,13 +211,14 @@ fn add() {
 fn loss() {
     let cpu = Cpu::<f64>::new();
     // A vocabulary of several tiles, whose last one is narrow.
-    let cases = LENGTHS.iter().flat_map(|l| [(l, 10, None), (l, 257, Some(2.5)), (l, 600, None)]);
-    for (lengths, vocab, softcap) in cases {
+    let of = |l| [(l, 10, None, 1.0), (l, 257, Some(2.5), 1.0), (l, 600, None, 1.0), (l, 300, None, 500.0)];
+    // The last are logits whose exponentials are no numbers.
+    for (lengths, vocab, softcap, scale) in LENGTHS.iter().flat_map(of) {
         let chunk = chunk(lengths, vocab, 6);
         let width = 5;
         let n = chunk.num_tokens();
         let mut random = Random::new(6);
-        let x = random.normals(n * width);
+        let x: Vec<f64> = random.normals(n * width).into_iter().map(|x| scale * x).collect();
         let w: Vec<f64> = random.normals(vocab * width).iter().map(|&v| f64::from(v as f32)).collect();
         let weight = tensor(Dtype::F32, &[vocab, width], &w);
         let run = |x: &[f64]| cpu.loss(&cpu.from_slice(x, width), &weight, softcap, &chunk, true).unwrap();
@@ -292,7 +230,8 @@ fn loss() {
                     let z = (0..vocab).map(|j| dot(&x[r * width..][..width], &w[j * width..][..width]));
                     let z: Vec<f64> =
                         z.map(|z| softcap.map_or(z, |cap: f64| cap * (z / cap).tanh())).collect();
-                    let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+                    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let lse = max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln();
                     lse - z[chunk.ids[r + 1] as usize]
                 })
                 .sum();

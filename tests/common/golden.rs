@@ -65,6 +65,10 @@ impl Expected {
         Self(file.tensors().into_iter().map(|(name, view)| (name, read(view))).collect())
     }
 
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     pub fn get(&self, name: &str) -> &[f64] {
         self.0.get(name).unwrap_or_else(|| panic!("no {name} in the golden"))
     }

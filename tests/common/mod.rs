@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use gradlens::model::op::{Op, Slot};
 use gradlens::model::{Dtype, Spec, Tensor};
 
 /// Tolerances and where they come from. None may be loosened without a reason in the commit.
@@ -75,6 +76,27 @@ pub fn random_weights(spec: &Spec, dtype: Dtype, seed: u64) -> Vec<Tensor> {
             tensor(dtype, &w.shape, &values)
         })
         .collect()
+}
+
+/// Lets an op read another slot.
+pub fn rename(op: &mut Op, from: Slot, to: Slot) {
+    let inputs: Vec<&mut Slot> = match op {
+        Op::Embed { .. } => vec![],
+        Op::Norm { x, .. }
+        | Op::Linear { x, .. }
+        | Op::Rope { x, .. }
+        | Op::Dispatch { x, .. }
+        | Op::ExpertLinear { x, .. }
+        | Op::Route { logits: x, .. }
+        | Op::Tap { x, .. }
+        | Op::Loss { x, .. } => vec![x],
+        Op::Attend { q, k, v, .. } => vec![q, k, v],
+        Op::Gate { gate: a, up: b, .. } | Op::Combine { x: a, scores: b, .. } | Op::Add { a, b, .. } => {
+            vec![a, b]
+        }
+        Op::Fused(none) => match *none {},
+    };
+    inputs.into_iter().filter(|slot| **slot == from).for_each(|slot| *slot = to);
 }
 
 /// ‖a − b‖ / ‖b‖.

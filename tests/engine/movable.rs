@@ -12,7 +12,7 @@ use gradlens::model::{Config, Dtype, Spec, Tensor, WeightSpec, describe};
 use gradlens::source::Pass;
 use gradlens::stats::{Direction, Sink, Tap};
 
-use super::common::{Random, random_weights, tensor, tiny_config};
+use super::common::{Random, random_weights, rename, tensor, tiny_config};
 
 /// Lengths of the samples: longer than the windows, ragged, one of a single token.
 pub const LENGTHS: [usize; 5] = [9, 1, 6, 2, 14];
@@ -182,27 +182,6 @@ impl Movable {
         self.tensors[index] = still;
         loss
     }
-}
-
-/// Lets an op read another slot.
-fn rename(op: &mut Op, from: Slot, to: Slot) {
-    let inputs: Vec<&mut Slot> = match op {
-        Op::Embed { .. } => vec![],
-        Op::Norm { x, .. }
-        | Op::Linear { x, .. }
-        | Op::Rope { x, .. }
-        | Op::Dispatch { x, .. }
-        | Op::ExpertLinear { x, .. }
-        | Op::Route { logits: x, .. }
-        | Op::Tap { x, .. }
-        | Op::Loss { x, .. } => vec![x],
-        Op::Attend { q, k, v, .. } => vec![q, k, v],
-        Op::Gate { gate: a, up: b, .. } | Op::Combine { x: a, scores: b, .. } | Op::Add { a, b, .. } => {
-            vec![a, b]
-        }
-        Op::Fused(none) => match *none {},
-    };
-    inputs.into_iter().filter(|slot| **slot == from).for_each(|slot| *slot = to);
 }
 
 /// The tensor of one weight, drawn by its name: two models differ in nothing but what their configurations say.
