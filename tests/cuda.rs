@@ -44,6 +44,8 @@ mod linear_rotated;
 mod loss;
 #[path = "cuda/machine.rs"]
 mod machine;
+#[path = "cuda/memory_plans.rs"]
+mod memory_plans;
 #[path = "cuda/moe.rs"]
 mod moe;
 #[path = "cuda/moe_faults.rs"]

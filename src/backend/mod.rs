@@ -9,15 +9,17 @@
 
 pub mod cpu;
 pub mod cuda;
+mod lower;
 mod sae;
 
 use std::ops::Range;
 
+pub use lower::{Appetite, Lower};
 pub use sae::{FeatureSums, FeatureValues, Fit, Place, Positions, SaeBackend, SaeGradient, SampleRows};
 
 use crate::error::Result;
-use crate::model::op::{Attention, Block, Fused, RmsNorm, Site, Weight};
-use crate::model::{Activation, Packing, Program, Spec, Tensor, Usage};
+use crate::model::op::{Attention, RmsNorm, Site, Weight};
+use crate::model::{Activation, Packing, Tensor};
 
 /// Whole samples that run through a layer's ops together.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -122,58 +124,7 @@ impl Moments {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NonFinite(pub usize);
 
-/// How many tokens a backend likes to work on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Appetite {
-    /// Tokens of a chunk.
-    pub chunk_tokens: usize,
-    /// Tokens of a chunk at least, where memory is short.
-    pub least_chunk_tokens: usize,
-    /// Tokens of a pass where all weights stay where they are used.
-    pub pass_tokens: usize,
-    /// Tokens of a pass that brings weights from a slower place.
-    pub streamed_pass_tokens: usize,
-}
-
-/// What a backend makes of a model, and what that takes: known before a device is opened.
-pub trait Lower {
-    /// Its own ops, each of which stands for several.
-    type Fused: Fused;
-
-    /// The op lists as this backend runs them; `usages` has one entry per layer.
-    fn lower(&self, spec: &Spec, usages: &[Usage]) -> Program<Self::Fused>;
-
-    /// The sizes that are fast for a model, if memory allows.
-    fn appetite(&self, spec: &Spec, gradients: bool) -> Appetite;
-
-    /// Bytes per token of each slot's value, and at most those of its gradient.
-    fn slot_bytes(&self, block: &Block<Self::Fused>) -> Vec<usize>;
-
-    /// Bytes that a loaded weight takes besides the tensors where they lie; `shapes` are those of its parts.
-    fn weight_bytes(&self, shapes: &[&[usize]]) -> u64;
-
-    /// Bytes per token that the op `block.ops[index]` needs besides its slots and their gradients, forward and
-    /// backward.
-    fn temporary_bytes(&self, block: &Block<Self::Fused>, index: usize) -> [u64; 2];
-
-    /// Bytes that a block takes however few the tokens of a chunk are: where rows are padded.
-    fn padding_bytes(&self, block: &Block<Self::Fused>) -> u64;
-
-    /// Bytes of the statistics of taps of these widths, of all passes under way.
-    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64;
-
-    /// Bytes of the rotary angles of so many pairs and positions.
-    fn rope_bytes(&self, pairs: usize, positions: usize) -> u64;
-
-    /// Bytes that [`Backend::loss`] needs besides its arguments and result, for N = `tokens`.
-    fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64;
-
-    /// Bytes that [`Backend::linear`] and its backward need besides arguments and result, for N = `tokens` and
-    /// an input of `width`.
-    fn product_workspace_bytes(&self, width: usize, tokens: usize) -> u64;
-}
-
-/// Weights by their number in [`Program::weights`], as far as they are loaded.
+/// Weights by their number in [`crate::model::Program::weights`], as far as they are loaded.
 pub struct Weights<W>(pub Vec<Option<W>>);
 
 impl<W> Weights<W> {
@@ -193,7 +144,7 @@ impl<W> Weights<W> {
 pub struct Scope<'a, B: Backend + ?Sized> {
     /// Loaded weights, those of the block among them.
     pub weights: &'a Weights<B::Weight>,
-    /// Rotary angles for all positions of the chunk, in the order of [`Spec::inv_freq`].
+    /// Rotary angles for all positions of the chunk, in the order of [`crate::model::Spec::inv_freq`].
     pub ropes: &'a [B::Rope],
     /// The samples.
     pub chunk: &'a B::Chunk,

@@ -106,6 +106,9 @@ pub fn forward<B: Backend>(
         state.slots[out.0] = Some(value);
         release(state, op, index, &last_uses, &saved);
     }
+    if keep == Keep::Input {
+        state.routes = None;
+    }
     Ok(())
 }
 

@@ -1,14 +1,17 @@
 //! How many tokens go through the model together, which layers keep what their backward needs, and which keep their
 //! weights on the device.
 
+mod walks;
+
 use std::fmt;
 
 use super::saes::SaeNeeds;
 use crate::backend::{Appetite, Lower};
 use crate::engine::EngineSpec;
-use crate::model::op::{Block, Fused, Op, Weight};
+use crate::model::op::{Block, Weight};
 use crate::model::{Program, Spec};
 use crate::units::size;
+use walks::{chunks, head_bytes, kept_bytes, peak_bytes};
 
 /// What a run takes, in bytes, and how it was made to fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,36 +103,50 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
         chunk_tokens = chunk_tokens.min(tokens);
     }
     let widest = spec.blocks.iter().flat_map(|block| &block.widths).copied().max().unwrap_or(0);
-    let peak = peak_bytes(backend, &program, demand.engine);
     let widths: Vec<usize> = demand.engine.widths(spec).into_values().collect();
     let pairs = spec.inv_freq.iter().map(Vec::len).sum();
-    let padding = program.blocks.iter().map(|block| backend.padding_bytes(block)).max().unwrap_or(0);
-    let constant = backend.statistics_bytes(&widths, gradients)
-        + backend.rope_bytes(pairs, longest)
-        + padding
-        + demand.features.map_or(0, |needs| needs.sums_bytes);
-    let workspace = |chunk: usize| {
-        let loss = match gradients {
-            true => backend.loss_workspace_bytes(spec, chunk),
+    let longest_pass = demand.tokens_per_pass.unwrap_or(pass_tokens.max(streamed_pass_tokens));
+    let longest_pass = longest_pass.max(longest).min(needed);
+    let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
+    let workspace = |chunk_tokens: usize| {
+        let chunk = of_chunk(chunk_tokens);
+        let chunks = chunks(longest_pass, chunk_tokens, longest);
+        let blocks = peak_bytes(backend, &program, demand.engine, chunk);
+        let head = match gradients {
+            true => head_bytes(backend, spec, &program, chunk),
             false => 0,
         };
-        let features = demand.features.map_or(0, |needs| needs.workspace_bytes(chunk));
-        let of_tokens = chunk as u64 * (peak + demand.choice_bytes);
-        constant + of_tokens + backend.product_workspace_bytes(widest, chunk) + loss + features
+        let model = match demand.features {
+            None => blocks.max(head),
+            // What branches off a layer goes through the head while the layer waits.
+            Some(needs) => blocks + head + needs.sums_bytes + needs.workspace_bytes(chunk),
+        };
+        backend.statistics_bytes(&widths, gradients, chunks, chunk)
+            + backend.rope_bytes(pairs, longest)
+            + model
+            + backend.product_workspace_bytes(widest, chunk)
+            + chunk as u64 * demand.choice_bytes
     };
-    let of_chunk = |chunk_tokens: usize| chunk_tokens.max(longest).min(needed);
 
     let first = demand.engine.layers.first().copied().unwrap_or(0);
     // The lowest wanted layer's backward ends at its lowest tap; where that is its first op, it runs whole like those above.
     let start = program.blocks[first].first_tap(&demand.engine.sites).unwrap_or(0);
     let whole = if start == 0 { first } else { first + 1 };
     let backward = if gradients { whole..layers } else { 0..0 };
-    let residual = backend.slot_bytes(&program.embed)[0] as u64;
-    let kept: Vec<u64> = program.blocks.iter().map(|block| kept_bytes(backend, block, 0)).collect();
-    let lowest = if gradients && start > 0 { kept_bytes(backend, &program.blocks[first], start) } else { 0 };
-    let activations = |tokens: usize, keep_from: usize| {
-        let bytes: u64 = backward.clone().map(|l| if l < keep_from { residual } else { kept[l] }).sum();
-        tokens as u64 * (bytes + lowest + residual + demand.features.map_or(0, |needs| needs.bytes_per_token))
+    let residual = backend.slot_bytes(&program.embed, 1)[0];
+    let per_token =
+        residual + backend.placed_bytes() + demand.features.map_or(0, |needs| needs.bytes_per_token);
+    // Bytes of a pass in chunks of so many tokens if its layers from `keep_from` on keep what their backward needs.
+    let activations = |tokens: usize, keep_from: usize, chunk_tokens: usize| {
+        let chunks = chunks(tokens, chunk_tokens, longest) as u64;
+        let kept = |layer: usize, start: usize| {
+            let of = |tokens: usize| kept_bytes(backend, &program.blocks[layer], start, tokens);
+            of(tokens) + (chunks - 1) * of(0)
+        };
+        let inputs = backward.clone().filter(|layer| *layer < keep_from).count() as u64 * residual;
+        let kept_whole: u64 = backward.clone().filter(|layer| *layer >= keep_from).map(|l| kept(l, 0)).sum();
+        let lowest = if gradients && start > 0 { kept(first, start) } else { 0 };
+        tokens as u64 * (inputs + per_token) + kept_whole + lowest
     };
     let all_recompute = backward.end;
 
@@ -137,14 +154,14 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let least_pass = demand.tokens_per_pass.unwrap_or(1);
     let least = |chunk_tokens: usize| {
         let pass = least_pass.max(of_chunk(chunk_tokens)).min(needed);
-        workspace(of_chunk(chunk_tokens)) + activations(pass, all_recompute)
+        workspace(chunk_tokens) + activations(pass, all_recompute, chunk_tokens)
     };
     while chunk_tokens > least_chunk_tokens
         && least(chunk_tokens) + weights.on_device(0) > demand.budget_bytes
     {
         chunk_tokens /= 2;
     }
-    let workspace_bytes = workspace(of_chunk(chunk_tokens));
+    let workspace_bytes = workspace(chunk_tokens);
     let least = least(chunk_tokens);
     let resident_layers = weights.resident_layers(demand.budget_bytes.saturating_sub(least));
     let weight_bytes = weights.on_device(resident_layers);
@@ -156,13 +173,13 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
     let default = if streamed { streamed_pass_tokens } else { pass_tokens };
     let mut tokens = demand.tokens_per_pass.unwrap_or(default).max(1);
     if demand.tokens_per_pass.is_none() {
-        while tokens > chunk_tokens && activations(tokens.min(needed), all_recompute) > budget {
+        while tokens > chunk_tokens && activations(tokens.min(needed), all_recompute, chunk_tokens) > budget {
             tokens /= 2;
         }
     }
     let full_pass = tokens.max(longest).min(needed);
     let keep_from = (backward.start..=all_recompute)
-        .find(|&keep_from| activations(full_pass, keep_from) <= budget)
+        .find(|&keep_from| activations(full_pass, keep_from, chunk_tokens) <= budget)
         .unwrap_or(all_recompute);
     Memory {
         tokens_per_pass: tokens,
@@ -170,7 +187,7 @@ pub fn plan<L: Lower>(backend: &L, demand: &Demand<'_>) -> Memory {
         keep_from,
         resident_layers,
         weight_bytes,
-        activation_bytes: activations(full_pass, keep_from),
+        activation_bytes: activations(full_pass, keep_from, chunk_tokens),
         workspace_bytes,
         budget_bytes: demand.budget_bytes,
     }
@@ -226,48 +243,6 @@ impl WeightBytes {
     fn resident_layers(&self, budget: u64) -> usize {
         (0..=self.layers.len()).rev().find(|&layers| self.on_device(layers) <= budget).unwrap_or(0)
     }
-}
-
-/// Bytes per token that a block keeps for the backward of its ops from `start` on.
-fn kept_bytes<L: Lower>(backend: &L, block: &Block<L::Fused>, start: usize) -> u64 {
-    let bytes = backend.slot_bytes(block);
-    bytes.iter().zip(block.saved(start)).filter(|(_, saved)| *saved).map(|(&bytes, _)| bytes as u64).sum()
-}
-
-/// Most bytes per token that the slots of one block hold at a time, values and gradients, and what its ops need besides.
-fn peak_bytes<L: Lower>(backend: &L, program: &Program<L::Fused>, engine: &EngineSpec) -> u64 {
-    let gradients = engine.gradients;
-    let last_layer = engine.layers.last().copied();
-    let peak = |(layer, block): (usize, &Block<L::Fused>)| {
-        let bytes = backend.slot_bytes(block);
-        let mut end = block.ops.len();
-        if !gradients && Some(layer) == last_layer {
-            end = block.last_tap(&engine.sites).map_or(end, |tap| tap + 1);
-        }
-        let last = block.last_uses(end);
-        // Of the slots that are there while an op runs: from their writer to their last reader, and what nothing reads
-        // while it is written. On the way back their gradients are.
-        let live = |index: usize| -> u64 {
-            let alive = |slot: usize| {
-                written(block, slot).is_some_and(|from| from <= index && last[slot].unwrap_or(from) >= index)
-            };
-            (0..bytes.len()).filter(|&slot| alive(slot)).map(|slot| bytes[slot] as u64).sum()
-        };
-        let forward = (0..end).map(|index| live(index) + backend.temporary_bytes(block, index)[0]);
-        // The saved values stay.
-        let kept = kept_bytes(backend, block, 0);
-        let backward =
-            (0..block.ops.len()).map(|index| kept + live(index) + backend.temporary_bytes(block, index)[1]);
-        let forward = forward.max().unwrap_or(0);
-        if gradients { forward.max(backward.max().unwrap_or(0)) } else { forward }
-    };
-    program.blocks.iter().enumerate().map(peak).max().unwrap_or(0)
-}
-
-/// Index of the op that writes a slot; 0 for the block's input, `None` for a slot that fusing has left out.
-fn written<F: Fused>(block: &Block<F>, slot: usize) -> Option<usize> {
-    let writes = |op: &Op<F>| op.outputs().iter().any(|out| out.0 == slot);
-    if slot == Block::INPUT.0 { Some(0) } else { block.ops.iter().position(writes) }
 }
 
 #[cfg(test)]

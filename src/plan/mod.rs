@@ -9,7 +9,7 @@ mod fetch;
 mod fits;
 mod layers;
 mod machine;
-mod memory;
+pub mod memory;
 mod policy;
 mod preload;
 mod saes;
@@ -28,7 +28,7 @@ pub use fetch::Fetcher;
 pub use memory::Memory;
 pub use policy::Counting;
 pub use preload::preload;
-pub use saes::SaePlan;
+pub use saes::{SaeNeeds, SaePlan};
 
 use crate::cli::{DemoArgs, LayerArgs, SaeArgs};
 use crate::engine::{EngineSpec, LossReduction};

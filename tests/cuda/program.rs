@@ -112,13 +112,13 @@ fn devices_and_their_memory_change_no_byte() {
         &["--device", "cuda:1"][..],
         &["--device", "cuda:0,cuda:1"],
         // Which everything at once does not fit.
-        &["--device", "cuda:0", "--device_memory", "0.00065"],
+        &["--device", "cuda:0", "--device_memory", "0.00045"],
         &["--device", "cuda:0", "--tokens_per_pass", "150"],
-        &["--device", "cuda:1,cuda:0", "--tokens_per_pass", "40", "--device_memory", "0.00062"],
+        &["--device", "cuda:1,cuda:0", "--tokens_per_pass", "40", "--device_memory", "0.0004"],
     ] {
         assert!(run(more).0 == one, "other bytes with {more:?}");
     }
-    let (_, text) = run(&["--device", "cuda", "--device_memory", "0.00065", "--dry_run"]);
+    let (_, text) = run(&["--device", "cuda", "--device_memory", "0.00045", "--dry_run"]);
     assert!(text.contains("of 4 layers stay, the others come for each pass"), "{text}");
     // With rules for tokens too, of which one is measured before the run, on one device for all.
     let (ruled, text) = run_with(&["--device", "cuda:0"], &RULES);
@@ -126,10 +126,45 @@ fn devices_and_their_memory_change_no_byte() {
     for more in [
         &["--device", "cuda:0,cuda:1"][..],
         &["--device", "cuda:1", "--tokens_per_pass", "150"],
-        &["--device", "cuda:1,cuda:0", "--tokens_per_pass", "40", "--device_memory", "0.00064"],
+        &["--device", "cuda:1,cuda:0", "--tokens_per_pass", "40", "--device_memory", "0.0004"],
     ] {
         assert!(run_with(more, &RULES).0 == ruled, "other bytes with rules and {more:?}");
     }
+}
+
+/// A mixture whose layers come one by one, on one device and on two, however long its passes: the same bytes.
+#[test]
+fn devices_and_their_memory_change_no_byte_of_a_mixture() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let run = |more: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let base = ["--save_outputs", "--output_dir", ".", "--aggregate_by", "gradients"];
+        let small = small("mixtral");
+        let arguments = small.iter().map(String::as_str).chain(base).chain(more.iter().copied());
+        let text = succeeds(folder.path(), &arguments.collect::<Vec<_>>());
+        let all = ["values.sum", "values.sum_sq", "gradients.sum", "gradients.max_abs"];
+        let dry = more.contains(&"--dry_run");
+        (if dry { vec![] } else { all.map(|stat| arrays(folder.path(), stat)).to_vec() }, text)
+    };
+    let (one, _) = run(&["--tokens_per_pass", "1000", "--device", "cuda:0"]);
+    let streamed = ["--tokens_per_pass", "40", "--device_memory", "0.00063", "--device"];
+    for devices in ["cuda:1", "cuda:0,cuda:1"] {
+        let more = [&streamed[..], &[devices]].concat();
+        assert!(run(&more).0 == one, "other bytes with {more:?}");
+        let (_, text) = run(&[&more[..], &["--dry_run"]].concat());
+        assert!(text.contains("(0 of 3 layers stay, the others come for each pass)"), "{text}");
+    }
+}
+
+/// `layer` with the first samples of a golden.
+fn small(model: &str) -> Vec<String> {
+    let model = format!("{}/tests/goldens/{model}", env!("CARGO_MANIFEST_DIR"));
+    let corpus = format!("{model}/corpus.jsonl");
+    let arguments = ["layer", "--model_name", &model, "--dataset", &corpus, "--min_chars", "0"];
+    let short = ["--max_length", "20", "--num_samples", "4"];
+    arguments.into_iter().chain(short).map(String::from).collect()
 }
 
 /// Every rule for tokens.
@@ -207,6 +242,43 @@ fn a_plan_that_fits_is_kept() {
         }
     }
     assert!((1..25).contains(&refused), "{refused} of 30 are refused");
+}
+
+/// The same of what is not one product after another: experts, norms behind products, norms of heads, sites inside the MLP.
+#[test]
+fn a_plan_that_fits_is_kept_by_other_models() {
+    if is_child() || !runs_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let asked: [(&str, &[&str]); 5] = [
+        ("mixtral", &["--aggregate_by", "gradients"]),
+        ("mixtral", &["--aggregate_by", "values", "--site", "resid_mid,mlp", "--dtype", "float32"]),
+        ("gemma2", &["--aggregate_by", "gradients", "--site", "mlp_out,attn_out"]),
+        ("gemma3", &["--aggregate_by", "gradients", "--site", "mlp_hidden,resid_post"]),
+        ("qwen3", &["--aggregate_by", "gradients", "--site", "resid_pre", "--layers", "1,2"]),
+    ];
+    for (model, asked) in asked {
+        // From budgets that are refused: the least that is accepted, and half as much again.
+        let mut accepted = 0;
+        for eighth in 0..=24 {
+            let budget = format!("{}", 0.0002 * f64::powf(2.0, f64::from(eighth) / 8.0));
+            let device = ["--device", "cuda", "--device_memory", &budget, "--tokens_per_pass", "40"];
+            let small = small(model);
+            let arguments = small.iter().map(String::as_str).chain(asked.iter().copied()).chain(device);
+            let arguments: Vec<&str> = arguments.collect();
+            let planned = gradlens(folder.path(), &[&arguments[..], &["--dry_run"]].concat());
+            if !planned.status.success() {
+                assert!(accepted == 0, "{model} {asked:?}: more is refused");
+                continue;
+            }
+            accepted += 1;
+            if [1, 5].contains(&accepted) {
+                succeeds(folder.path(), &arguments);
+            }
+        }
+        assert!((5..=24).contains(&accepted), "{model} {asked:?}: {accepted} of 25 budgets are accepted");
+    }
 }
 
 /// Between chunks, on all devices: the program stops and leaves nothing behind.

@@ -161,23 +161,27 @@ impl<T: Element> Lower for Cpu<T> {
         }
     }
 
-    fn slot_bytes(&self, block: &Block) -> Vec<usize> {
-        block.widths.iter().map(|width| width * size_of::<T>()).collect()
+    fn slot_bytes(&self, block: &Block, tokens: usize) -> Vec<u64> {
+        block.widths.iter().map(|width| (width * tokens * size_of::<T>()) as u64).collect()
+    }
+
+    fn gradient_bytes(&self, block: &Block, tokens: usize) -> Vec<u64> {
+        self.slot_bytes(block, tokens)
     }
 
     fn weight_bytes(&self, _: &[&[usize]]) -> u64 {
         0
     }
 
-    fn temporary_bytes(&self, _: &Block, _: usize) -> [u64; 2] {
+    fn temporary_bytes(&self, _: &Block, _: usize, _: usize) -> [u64; 2] {
         [0, 0]
     }
 
-    fn padding_bytes(&self, _: &Block) -> u64 {
+    fn placed_bytes(&self) -> u64 {
         0
     }
 
-    fn statistics_bytes(&self, _: &[usize], _: bool) -> u64 {
+    fn statistics_bytes(&self, _: &[usize], _: bool, _: usize, _: usize) -> u64 {
         0
     }
 

@@ -157,8 +157,9 @@ impl Backend for CudaBackend {
         if let Some((_, table)) = kept.iter().find(|kept| own(kept) && kept.1.positions() >= positions) {
             return Ok(Arc::clone(table));
         }
-        let table = Arc::new(self.cuda.rope_table(inv_freq, positions)?);
+        // Before the longer one is made: there is room for one.
         kept.retain(|kept| !own(kept));
+        let table = Arc::new(self.cuda.rope_table(inv_freq, positions)?);
         kept.push((inv_freq.to_vec(), Arc::clone(&table)));
         Ok(table)
     }
@@ -210,7 +211,7 @@ impl Backend for CudaBackend {
     }
 
     fn rope(&self, x: &Tensor, heads: usize, table: &Arc<RopeTable>, chunk: &PlacedChunk) -> Result<Tensor> {
-        let mut y = x.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
+        let mut y = x.wide_copy(&self.cuda)?;
         self.cuda.rope_in_place(&mut y, heads, Pairs::Halves, table, &chunk.positions, Rotation::Forward)?;
         Ok(y.into())
     }
@@ -223,15 +224,9 @@ impl Backend for CudaBackend {
         chunk: &PlacedChunk,
         dx: Option<Tensor>,
     ) -> Result<Tensor> {
-        let mut more = dy.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?;
-        self.cuda.rope_in_place(
-            &mut more,
-            heads,
-            Pairs::Halves,
-            table,
-            &chunk.positions,
-            Rotation::Backward,
-        )?;
+        let (cuda, positions) = (&self.cuda, &chunk.positions);
+        let mut more = dy.wide_copy(cuda)?;
+        cuda.rope_in_place(&mut more, heads, Pairs::Halves, table, positions, Rotation::Backward)?;
         self.sum(dx, more)
     }
 
@@ -370,7 +365,7 @@ impl Backend for CudaBackend {
     fn add_backward(&self, dy: &Tensor, dx: Option<Tensor>) -> Result<Tensor> {
         match dx {
             // Gradients are added to in place: each has memory of its own.
-            None => Ok(dy.wide(&self.cuda)?.duplicate(&self.cuda.device.memory)?.into()),
+            None => Ok(dy.wide_copy(&self.cuda)?.into()),
             some => self.sum(some, dy.wide(&self.cuda)?),
         }
     }

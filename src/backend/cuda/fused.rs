@@ -206,7 +206,8 @@ impl CudaBackend {
                 grads[x.0] = Some(A::tensor(cuda.linear_backward_as(&dqkv, matrix(weight), None)?));
             }
             Fused::Attend { qkv, ref attention, out, lse } => {
-                let dout = A::owned(taken(grads, out));
+                // float32 where a norm stands between the projection and the residual stream.
+                let dout = A::owned(taken(grads, out).to(A::FORMAT, cuda)?);
                 let saved = [qkv, out].map(|slot| A::of(there(slots, slot)));
                 let lse = wide(there(slots, lse));
                 let (spec, work) = (attention.spec(), &scope.chunk.work);

@@ -8,15 +8,18 @@
 //! | experts' gate, up, gating, down | the same two products with every expert's rows at once |
 //! | linear, (tap,) residual addition | one product with the addition in its epilogue |
 
+mod bytes;
 mod experts;
 
 use super::Format;
+use super::element::SampleTile;
 use super::loss::STRIP;
 use super::rope::Pairs;
-use super::stats::{PARTIALS_BYTES, SUMS_BYTES};
+use super::stats::{SUMS_BYTES, check_bytes, partials_bytes};
 use crate::backend::{Appetite, Lower};
 use crate::model::op::{self, Attention, Block, Op, Site, Slot, Weight};
 use crate::model::{Activation, Packed, Packing, Program, Spec, Usage};
+use bytes::Sizes;
 
 /// What a product is added to in its epilogue.
 #[derive(Clone, Debug, PartialEq)]
@@ -175,21 +178,12 @@ impl Lower for CudaLower {
         }
     }
 
-    fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
-        let narrow = self.format.pick(4, 2);
-        let mut bytes: Vec<usize> = block.widths.iter().map(|width| 4 * width).collect();
-        for op in &block.ops {
-            let slot = match op {
-                Op::Norm { out, .. } | Op::Attend { out, .. } | Op::Gate { out, .. } => out,
-                Op::Fused(Fused::LinearRope { out, .. } | Fused::Attend { out, .. }) => out,
-                Op::Dispatch { out, .. } => out,
-                // With the gated product, which lives as long as the op.
-                Op::Fused(Fused::GatedMlp { gate_up, .. } | Fused::GatedExperts { gate_up, .. }) => gate_up,
-                _ => continue,
-            };
-            bytes[slot.0] = narrow * block.widths[slot.0];
-        }
-        bytes
+    fn slot_bytes(&self, block: &Block<Fused>, tokens: usize) -> Vec<u64> {
+        Sizes::new(self, block, tokens).value_bytes()
+    }
+
+    fn gradient_bytes(&self, block: &Block<Fused>, tokens: usize) -> Vec<u64> {
+        Sizes::new(self, block, tokens).gradient_bytes()
     }
 
     fn weight_bytes(&self, shapes: &[&[usize]]) -> u64 {
@@ -200,36 +194,23 @@ impl Lower for CudaLower {
         shapes.iter().map(bytes).sum()
     }
 
-    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
-        let narrow = self.format.pick(4, 2);
-        let width = |slot: &Slot| block.widths[slot.0];
-        // Of a gradient that comes as float32 and is multiplied in bfloat16.
-        let rounded = |out: &Slot| self.format.pick(0, 2) * width(out);
-        let [forward, backward] = match &block.ops[index] {
-            // The rows before they are rotated and rounded.
-            Op::Fused(Fused::LinearRope { pairs: Pairs::Halves, out, .. }) => [4 * width(out), 0],
-            Op::Fused(Fused::LinearAdd { out, .. }) => [0, rounded(out)],
-            Op::Fused(Fused::GatedMlp { gate_up, out, .. }) => {
-                [narrow * width(gate_up) / 2, narrow * width(gate_up) + rounded(out)]
-            }
-            // The gated product; on the way back the gradients of gate and up, and of what was multiplied.
-            Op::Fused(Fused::GatedExperts { gate_up, out, .. }) => {
-                [narrow * width(gate_up) / 2, narrow * (width(gate_up) + width(out))]
-            }
-            _ => [0, 0],
-        };
-        [forward as u64, backward as u64]
+    fn temporary_bytes(&self, block: &Block<Fused>, index: usize, tokens: usize) -> [u64; 2] {
+        Sizes::new(self, block, tokens).temporary_bytes(index)
     }
 
-    fn padding_bytes(&self, block: &Block<Fused>) -> u64 {
-        experts::padding_bytes(self, block)
+    fn placed_bytes(&self) -> u64 {
+        // Id, position, target and scale, a tile of attention at most, and nats, of the pass before too.
+        4 * 4 + size_of::<SampleTile>() as u64 + 2 * 4
     }
 
-    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64 {
-        // Of all tokens and of those at position 0; a pass is read back while the next one runs.
-        let sums = if gradients { 2 } else { 1 } * 2 * 2;
+    fn statistics_bytes(&self, widths: &[usize], gradients: bool, chunks: usize, tokens: usize) -> u64 {
+        // A pass is read back while the next one runs.
+        let passes = if gradients { 2 } else { 1 } * 2;
         let (all, widest) = (widths.iter().sum::<usize>(), widths.iter().max().copied().unwrap_or(0));
-        (all * sums * SUMS_BYTES + widest * PARTIALS_BYTES) as u64
+        // Of all tokens and of those at position 0.
+        let sums = 2 * all * SUMS_BYTES;
+        let checks = widths.len() * chunks * check_bytes(tokens);
+        (passes * (sums + checks) + widest * partials_bytes(tokens)) as u64
     }
 
     fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {
@@ -237,10 +218,10 @@ impl Lower for CudaLower {
     }
 
     fn loss_workspace_bytes(&self, spec: &Spec, tokens: usize) -> u64 {
-        let (vocab_size, hidden_size) = (spec.vocab_size, spec.hidden_size);
+        let vocab_size = spec.vocab_size;
         let rows = logit_rows(vocab_size).min(tokens) as u64;
         let strips = vocab_size.div_ceil(STRIP) as u64;
-        rows * (self.format.pick(4, 2) * vocab_size as u64 + 8 * strips) + 4 * (tokens * hidden_size) as u64
+        rows * (self.format.pick(4, 2) * vocab_size as u64 + 8 * strips + 4)
     }
 
     fn product_workspace_bytes(&self, _: usize, _: usize) -> u64 {

@@ -36,6 +36,11 @@ impl Routing {
         (tokens * top_k + experts * (SEGMENT - 1)).next_multiple_of(SEGMENT)
     }
 
+    /// R at most, of a pass's chunks together too: what tokens and what experts take.
+    pub(super) fn most_rows(tokens: usize, top_k: usize, experts: usize) -> usize {
+        tokens * top_k + (experts + 1) * (SEGMENT - 1)
+    }
+
     /// N.
     pub fn tokens(&self) -> usize {
         self.row_of.rows()
@@ -347,6 +352,7 @@ mod tests {
         {
             let rows = Routing::rows_for(counts.iter().sum(), 1, counts.len());
             assert!(used(&counts) <= rows && rows.is_multiple_of(SEGMENT), "{counts:?}: {rows}");
+            assert!(rows <= Routing::most_rows(counts.iter().sum(), 1, counts.len()));
         }
         assert_eq!(Routing::rows_for(0, 2, 8), 1024);
         assert_eq!(Routing::rows_for(8192, 2, 8), 17_408);

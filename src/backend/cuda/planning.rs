@@ -17,24 +17,28 @@ impl Lower for CudaBackend {
         self.lower.appetite(spec, gradients)
     }
 
-    fn slot_bytes(&self, block: &Block<Fused>) -> Vec<usize> {
-        self.lower.slot_bytes(block)
+    fn slot_bytes(&self, block: &Block<Fused>, tokens: usize) -> Vec<u64> {
+        self.lower.slot_bytes(block, tokens)
+    }
+
+    fn gradient_bytes(&self, block: &Block<Fused>, tokens: usize) -> Vec<u64> {
+        self.lower.gradient_bytes(block, tokens)
     }
 
     fn weight_bytes(&self, shapes: &[&[usize]]) -> u64 {
         self.lower.weight_bytes(shapes)
     }
 
-    fn temporary_bytes(&self, block: &Block<Fused>, index: usize) -> [u64; 2] {
-        self.lower.temporary_bytes(block, index)
+    fn temporary_bytes(&self, block: &Block<Fused>, index: usize, tokens: usize) -> [u64; 2] {
+        self.lower.temporary_bytes(block, index, tokens)
     }
 
-    fn padding_bytes(&self, block: &Block<Fused>) -> u64 {
-        self.lower.padding_bytes(block)
+    fn placed_bytes(&self) -> u64 {
+        self.lower.placed_bytes()
     }
 
-    fn statistics_bytes(&self, widths: &[usize], gradients: bool) -> u64 {
-        self.lower.statistics_bytes(widths, gradients)
+    fn statistics_bytes(&self, widths: &[usize], gradients: bool, chunks: usize, tokens: usize) -> u64 {
+        self.lower.statistics_bytes(widths, gradients, chunks, tokens)
     }
 
     fn rope_bytes(&self, pairs: usize, positions: usize) -> u64 {

@@ -15,8 +15,15 @@ const SEGMENT_ROWS: usize = 128;
 const GROUP: usize = 256;
 /// Bytes of [`DeviceMoments`] per dimension.
 pub(super) const SUMS_BYTES: usize = 7 * 8;
-/// Bytes of the partial sums of a group per dimension.
-pub(super) const PARTIALS_BYTES: usize = 4 * GROUP * 4;
+/// Bytes of the partial sums of so many tokens per dimension.
+pub(super) fn partials_bytes(tokens: usize) -> usize {
+    4 * tokens.min(GROUP) * 4
+}
+
+/// Bytes of the [`FiniteCheck`] of so many tokens.
+pub(super) fn check_bytes(tokens: usize) -> usize {
+    4 * tokens.div_ceil(GROUP).max(1)
+}
 
 /// [`Moments`] on a device.
 pub struct DeviceMoments {

@@ -82,6 +82,14 @@ impl Tensor {
         }
     }
 
+    /// As float32, in memory of its own.
+    pub(super) fn wide_copy(&self, cuda: &Cuda) -> Result<Buf<f32>> {
+        match self {
+            Self::F32(buf) => buf.duplicate(&cuda.device.memory),
+            Self::Bf16(buf) => cuda.cast(buf),
+        }
+    }
+
     /// In `format`; shares the memory where it is that already.
     pub(super) fn to(&self, format: Format, cuda: &Cuda) -> Result<Self> {
         match (self, format) {

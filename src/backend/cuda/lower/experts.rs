@@ -1,10 +1,8 @@
-//! Experts: their weights become one, their products two for all of them; and what their rows take besides.
+//! Experts: their weights become one, their products two for all of them.
 
-use super::{CudaLower, Fuse, Fused};
-use crate::backend::Lower;
-use crate::backend::cuda::moe::Routing;
+use super::{Fuse, Fused};
 use crate::model::Packing;
-use crate::model::op::{Block, Op, Slot, Weight};
+use crate::model::op::{Op, Slot, Weight};
 
 impl Fuse<'_> {
     /// The op with all experts' weights stacked in one, if it has experts.
@@ -43,35 +41,4 @@ impl Fuse<'_> {
         self.ops.push(Op::Fused(fused));
         Some(4)
     }
-}
-
-/// Bytes of the rows of `block` that belong to no token: each expert's begin at a tile of their own. Of all slots with
-/// such rows, of their gradients and of what the ops need besides.
-pub(super) fn padding_bytes(lower: &CudaLower, block: &Block<Fused>) -> u64 {
-    let Some((experts, top_k)) = block.ops.iter().find_map(|op| match *op {
-        Op::Route { logits, top_k, .. } => Some((block.widths[logits.0], top_k)),
-        _ => None,
-    }) else {
-        return 0;
-    };
-    let mut sorted = vec![false; block.widths.len()];
-    let mut temporary = 0;
-    for (index, op) in block.ops.iter().enumerate() {
-        let of_rows = match op {
-            Op::Dispatch { .. } => true,
-            Op::ExpertLinear { x, .. } | Op::Gate { gate: x, .. } => sorted[x.0],
-            Op::Fused(Fused::GatedExperts { .. }) => true,
-            _ => false,
-        };
-        if of_rows {
-            op.outputs().iter().for_each(|slot| sorted[slot.0] = true);
-            temporary += lower.temporary_bytes(block, index).into_iter().sum::<u64>();
-        }
-    }
-    let slots = lower.slot_bytes(block);
-    let slots: u64 =
-        slots.iter().zip(&sorted).filter(|(_, sorted)| **sorted).map(|(bytes, _)| *bytes as u64).sum();
-    // Values, and gradients of at most the same size or float32.
-    let row_bytes = (3 * slots + temporary).div_ceil(top_k as u64);
-    row_bytes * Routing::rows_for(0, top_k, experts) as u64
 }
