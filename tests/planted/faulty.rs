@@ -99,12 +99,13 @@ impl Lower for Faulty {
 
     as_it_is! {
         fn lower(spec: &Spec, usages: &[Usage]) -> Program<Infallible>;
-        fn appetite(gradients: bool) -> Appetite;
-        fn slot_bytes(block: &Block) -> Vec<usize>;
+        fn appetite(spec: &Spec, gradients: bool) -> Appetite;
+        fn slot_bytes(block: &Block, tokens: usize) -> Vec<u64>;
+        fn gradient_bytes(block: &Block, tokens: usize) -> Vec<u64>;
         fn weight_bytes(shapes: &[&[usize]]) -> u64;
-        fn temporary_bytes(block: &Block, index: usize) -> [u64; 2];
-        fn padding_bytes(block: &Block) -> u64;
-        fn statistics_bytes(widths: &[usize], gradients: bool) -> u64;
+        fn temporary_bytes(block: &Block, index: usize, tokens: usize) -> [u64; 2];
+        fn placed_bytes() -> u64;
+        fn statistics_bytes(widths: &[usize], gradients: bool, chunks: usize, tokens: usize) -> u64;
         fn rope_bytes(pairs: usize, positions: usize) -> u64;
         fn loss_workspace_bytes(spec: &Spec, tokens: usize) -> u64;
         fn product_workspace_bytes(width: usize, tokens: usize) -> u64;
