@@ -65,6 +65,7 @@ impl Expected {
         Self(file.tensors().into_iter().map(|(name, view)| (name, read(view))).collect())
     }
 
+    #[allow(dead_code, reason = "what only the comparison of everything needs")]
     pub fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
