@@ -7,7 +7,7 @@ mod published;
 
 use std::path::Path;
 
-use gradlens::model::{Config, Rope, RopeScaling};
+use gradlens::model::{Activation, Config, Experts, Rope, RopeScaling};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -43,7 +43,7 @@ fn refused(value: &Value, words: &[&str]) {
 
 const ALL: [&str; 3] = ["llama", "mistral", "qwen2"];
 
-/// The values that `AutoConfig.from_pretrained` of transformers 5.23.0 gives for files without these keys.
+/// The values that `AutoConfig.from_pretrained` of transformers 5.24.0 gives for files without these keys.
 #[test]
 fn absent_keys_take_the_defaults_of_transformers() {
     for (model_type, max_position, window) in
@@ -117,6 +117,71 @@ fn windows() {
         &with("qwen2", json!({ "use_sliding_window": true, "max_window_layers": -1 })),
         &["max_window_layers", "-1"],
     );
+}
+
+#[test]
+fn windows_of_every_few_layers() {
+    let types = |windows: &Config| windows.windows.iter().map(Option::is_some).collect::<Vec<_>>();
+    assert_eq!(types(&ok("gemma2", json!({}))), [true, false, true, false]);
+    let three = json!({ "sliding_window_pattern": 3, "sliding_window": 9 });
+    let config = ok("gemma3_text", three);
+    assert_eq!(config.windows, [Some(9), Some(9), None, Some(9)]);
+    let all = json!({ "layer_types": vec!["full_attention"; 4], "sliding_window": null });
+    assert_eq!(ok("gemma2", all).windows, vec![None; 4]);
+    // transformers makes layers with a window all the same, and fails.
+    refused(&with("gemma2", json!({ "sliding_window": null })), &["sliding_window", "there is no window"]);
+    refused(&with("gemma2", json!({ "sliding_window_pattern": 2 })), &["sliding_window_pattern"]);
+    // One mask for all layers, whatever layer_types says.
+    let windowed = json!({ "sliding_window": 4, "layer_types": vec!["sliding_attention"; 4] });
+    assert_eq!(ok("mixtral", windowed).windows, vec![Some(4); 4]);
+    let mixed = json!({ "sliding_window": 4, "layer_types": vec!["full_attention"; 4] });
+    refused(&with("mixtral", mixed), &["layer_types", "contradicts", "hint:"]);
+}
+
+#[test]
+fn gemma_and_mixtral() {
+    let gemma = ok("gemma2", json!({ "head_dim": 16, "query_pre_attn_scalar": 64 }));
+    assert_eq!((gemma.norm_offset, gemma.embedding_scale, gemma.attention_scale), (1.0, 8.0, 0.125));
+    assert_eq!((gemma.attention_softcap, gemma.logit_softcap), (Some(50.0), Some(30.0)));
+    assert_eq!((gemma.head_dim, ok("gemma2", json!({})).head_dim), (16, 256));
+    let none = json!({ "attn_logit_softcapping": null, "final_logit_softcapping": null });
+    assert_eq!(ok("gemma2", none).logit_softcap, None);
+    assert_eq!(gemma.activation, Activation::GeluTanh);
+    let other = json!({ "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu" });
+    refused(&with("gemma2", other), &["hidden_act", "contradicts", "delete the other key"]);
+    let erf = json!({ "hidden_activation": "gelu" });
+    refused(&with("gemma2", erf), &["hidden_activation", "one of silu", "\"gelu\""]);
+
+    let plain = |theta| Rope { theta, scaling: RopeScaling::None };
+    let gemma3 = ok("gemma3_text", json!({}));
+    assert_eq!((gemma3.rope, gemma3.local_rope), (plain(1e6), Some(plain(1e4))));
+    let linear = json!({ "rope_theta": 7, "rope_local_base_freq": 3, "rope_scaling": { "rope_type": "linear", "factor": 8 } });
+    let gemma3 = ok("gemma3_text", linear);
+    assert_eq!(gemma3.rope, Rope { theta: 7.0, scaling: RopeScaling::Linear { factor: 8.0 } });
+    assert_eq!(gemma3.local_rope, Some(plain(3.0)));
+    let layers = json!({ "rope_parameters": {
+        "full_attention": { "rope_type": "linear", "factor": 8, "rope_theta": 7 },
+        "sliding_attention": { "rope_type": "default", "rope_theta": 3 }
+    } });
+    assert_eq!(ok("gemma3_text", layers.clone()).rope, gemma3.rope);
+    assert_eq!(ok("gemma3_text", layers.clone()).local_rope, gemma3.local_rope);
+    refused(&with("llama", layers), &["different rotary embeddings"]);
+    let flat = json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 7 } });
+    refused(&with("gemma3_text", flat), &["rope_parameters", "which layers", "hint:"]);
+    refused(&with("gemma3_text", json!({ "attn_logit_softcapping": 5 })), &["attn_logit_softcapping"]);
+    refused(&with("gemma3_text", json!({ "use_bidirectional_attention": true })), &["bidirectional"]);
+    refused(&with("qwen3", json!({ "rope_local_base_freq": 5 })), &["rope_local_base_freq"]);
+
+    assert_eq!(ok("mixtral", json!({})).experts, Some(Experts { count: 8, per_token: 2 }));
+    let alias = json!({ "num_experts": 4, "num_experts_per_tok": 3 });
+    assert_eq!(ok("mixtral", alias).experts, Some(Experts { count: 4, per_token: 3 }));
+    let both = json!({ "num_experts": 4, "num_local_experts": 5 });
+    refused(&with("mixtral", both), &["num_experts", "contradicts"]);
+    refused(&with("mixtral", json!({ "num_experts_per_tok": 9 })), &["num_experts_per_tok", "at most", "9"]);
+    refused(&with("mixtral", json!({ "num_local_experts": 2000 })), &["num_local_experts", "1024"]);
+    let many = json!({ "num_local_experts": 1024, "num_hidden_layers": 16_384 });
+    refused(&with("mixtral", many), &["impossibly many"]);
+    refused(&with("llama", json!({ "num_local_experts": 8 })), &["a mixture of experts"]);
 }
 
 #[test]

@@ -200,43 +200,49 @@ impl Splice<Cpu<f64>> for Moved {
 /// A spliced run is, layer by layer, a run of the model whose site is moved there and nowhere else.
 #[test]
 fn a_spliced_layer_is_a_moved_one() {
-    let cpu = Cpu::<f64>::new();
     for Case { model_type, keys, .. } in CASES {
-        let mut model = Movable::new(model_type, keys);
-        let d = model.spec.hidden_size;
-        let mut random = Random::new(11);
-        // Exact in the table's float32.
-        let by: Vec<f64> = (0..VOCAB * d).map(|_| random.below(65) as f64 / 64.0 - 0.5).collect();
-        let (plain, loss) = model.run(all_layers());
-        for (layers, keep_from, chunk_tokens) in
-            [(vec![0, 1, 2], 0, 1000), (vec![0, 2], 3, 10), (vec![1], 2, 1)]
-        {
-            let spec = EngineSpec { layers: layers.clone(), keep_from, chunk_tokens, ..all_layers() };
-            let mut splice = Moved { by: by.clone(), shown: Shown::at(Site::Mlp) };
-            let mut engine = Engine::new(&cpu, &model.spec, &model.tensors, spec);
-            let totals = engine.run_spliced(&pass(), &mut splice).unwrap().settle(&cpu).unwrap();
-            let own: f64 = totals.nats.unwrap().iter().sum();
-            assert!((own - loss).abs() <= 1e-12 * loss, "{model_type}: the model's own loss, {own} {loss}");
-            assert!(totals.spliced_nats.keys().copied().eq(layers.iter().copied()));
-            for layer in layers {
-                let values = splice.shown.values(layer);
-                assert!(values == plain.values(layer), "{model_type} layer {layer}: values");
-                let index = model.offsets[layer].0;
-                let still =
-                    std::mem::replace(&mut model.tensors[index], tensor(Dtype::F32, &[VOCAB, d], &by));
-                let (expected, moved_loss) = model.run(all_layers());
-                model.tensors[index] = still;
-                let error = relative_l2(splice.shown.gradient(layer), expected.gradient(layer));
-                assert!(error < 1e-12, "{model_type} layer {layer}: {error:e}");
-                let spliced: f64 = totals.spliced_nats[&layer].iter().sum();
-                assert!((spliced - moved_loss).abs() <= 1e-12 * loss, "{model_type} layer {layer}: loss");
-                // Were the layer not moved, or another one, the comparison would see it.
-                let distance = relative_l2(plain.gradient(layer), expected.gradient(layer));
-                assert!(
-                    distance > 1e-3 && (moved_loss - loss).abs() > 1e-4 * loss,
-                    "{model_type}: {distance:e}"
-                );
-            }
+        for site in Site::ALL {
+            let Some(model) = Movable::at(site, model_type, keys) else { continue };
+            // Of sites other than the default one a way or two.
+            let ways: &[(&[usize], usize, usize)] = match site {
+                Site::Mlp => &[(&[0, 1, 2], 0, 1000), (&[0, 2], 3, 10), (&[1], 2, 1)],
+                _ => &[(&[0, 2], 3, 10)],
+            };
+            spliced_is_moved(model, &format!("{model_type} {}", site.name()), site, ways);
+        }
+    }
+}
+
+/// `ways`: layers, the layer from which on activations are kept, tokens of a chunk.
+fn spliced_is_moved(mut model: Movable, what: &str, site: Site, ways: &[(&[usize], usize, usize)]) {
+    let cpu = Cpu::<f64>::new();
+    let width = model.width;
+    let mut random = Random::new(11);
+    // Exact in the table's float32.
+    let by: Vec<f64> = (0..VOCAB * width).map(|_| random.below(65) as f64 / 64.0 - 0.5).collect();
+    let (plain, loss) = model.run(model.all_layers());
+    for &(layers, keep_from, chunk_tokens) in ways {
+        let spec = EngineSpec { layers: layers.to_vec(), keep_from, chunk_tokens, ..model.all_layers() };
+        let mut splice = Moved { by: by.clone(), shown: Shown::at(site) };
+        let mut engine = Engine::new(&cpu, &model.spec, &model.tensors, spec);
+        let totals = engine.run_spliced(&pass(), &mut splice).unwrap().settle(&cpu).unwrap();
+        let own: f64 = totals.nats.unwrap().iter().sum();
+        assert!((own - loss).abs() <= 1e-12 * loss, "{what}: the model's own loss, {own} {loss}");
+        assert!(totals.spliced_nats.keys().eq(layers));
+        for &layer in layers {
+            assert!(splice.shown.values(layer) == plain.values(layer), "{what} layer {layer}: values");
+            let index = model.offsets[layer].0;
+            let moved = tensor(Dtype::F32, &[VOCAB, width], &by);
+            let still = std::mem::replace(&mut model.tensors[index], moved);
+            let (expected, moved_loss) = model.run(model.all_layers());
+            model.tensors[index] = still;
+            let error = relative_l2(splice.shown.gradient(layer), expected.gradient(layer));
+            assert!(error < 1e-12, "{what} layer {layer}: {error:e}");
+            let spliced: f64 = totals.spliced_nats[&layer].iter().sum();
+            assert!((spliced - moved_loss).abs() <= 1e-12 * loss, "{what} layer {layer}: loss");
+            // Were the layer not moved, or another one, the comparison would see it.
+            let distance = relative_l2(plain.gradient(layer), expected.gradient(layer));
+            assert!(distance > 1e-3, "{what}: {distance:e}");
         }
     }
 }

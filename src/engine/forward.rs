@@ -16,6 +16,8 @@ pub enum Keep {
     Input,
     /// The output and every value that the backward of the ops from this index on reads.
     For(usize),
+    /// The same once more: the output has been handed on long ago.
+    Again(usize),
     /// Every value that the ops after the walked ones read.
     Rest,
 }
@@ -40,11 +42,11 @@ pub fn forward<B: Backend>(
     let mut saved = match keep {
         Keep::Output => vec![false; block.widths.len()],
         Keep::Input => (0..block.widths.len()).map(|slot| slot == Block::INPUT.0).collect(),
-        Keep::For(start) => block.saved(start),
+        Keep::For(start) | Keep::Again(start) => block.saved(start),
         Keep::Rest => block.read(ops.end),
     };
     // The next block reads it.
-    saved[block.output.0] |= ops.end == block.ops.len();
+    saved[block.output.0] |= ops.end == block.ops.len() && !matches!(keep, Keep::Again(_));
     // What a fused op has to write: what is read by an op to come, on either way, or by the next block.
     let wanted: Vec<bool> =
         saved.iter().zip(&last_uses).map(|(saved, last_use)| *saved || last_use.is_some()).collect();

@@ -322,7 +322,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.interrupt.check()?;
             // As far as the last value that the way back reads: the down-projection is not computed again.
             let end = block.last_saved().map_or(0, |op| op + 1);
-            forward(self.backend, &scope, block, 0..end, Keep::For(0), &mut state, &mut |_, _| Ok(()))?;
+            forward(self.backend, &scope, block, 0..end, Keep::Again(0), &mut state, &mut |_, _| Ok(()))?;
         }
         self.interrupt.check()?;
         state.grads[block.output.0] = stream.residual.take();

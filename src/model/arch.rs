@@ -4,7 +4,7 @@
 //! default, a tensor name), never a branch elsewhere: `config` fills a [`Config`](super::Config) from a row
 //! and a `config.json`, and the description of the model reads the tensor names.
 //!
-//! Defaults are those of `configuration_*.py` in Hugging Face transformers 5.23: they apply when a key is
+//! Defaults are those of `configuration_*.py` in Hugging Face transformers 5.24: they apply when a key is
 //! *absent*. Sizes (hidden size, layers, heads, …) have defaults there too; here a file must state them.
 
 mod row;
@@ -90,6 +90,7 @@ const DEFAULTS: Defaults = Defaults {
 
 /// Windows that have to be switched on, from some layer on.
 const SWITCHED_WINDOW: Window = Window {
+    by_layer_types: true,
     width: Some(4096),
     switch: Some("use_sliding_window"),
     layers: Windowed::From("max_window_layers", 28),
@@ -111,7 +112,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
         model_type: "mistral",
         classes: &["MistralForCausalLM", "MinistralForCausalLM"],
         // The 4096 also holds where the key is absent: only `null` turns the window off.
-        window: Some(Window { width: Some(4096), switch: None, layers: Windowed::All }),
+        window: Some(Window { by_layer_types: true, width: Some(4096), switch: None, layers: Windowed::All }),
         defaults: Defaults { num_kv_heads: Some(8), max_position_embeddings: 131_072, ..DEFAULTS },
         ..PLAIN
     },
@@ -119,8 +120,11 @@ pub static ARCHITECTURES: &[Architecture] = &[
     Architecture {
         model_type: "mixtral",
         classes: &["MixtralForCausalLM"],
-        window: Some(Window { width: None, switch: None, layers: Windowed::All }),
-        experts: Some(ExpertKeys { count: ("num_local_experts", 8), per_token: ("num_experts_per_tok", 2) }),
+        window: Some(Window { by_layer_types: false, width: None, switch: None, layers: Windowed::All }),
+        experts: Some(ExpertKeys {
+            count: (&["num_local_experts", "num_experts"], 8),
+            per_token: ("num_experts_per_tok", 2),
+        }),
         defaults: Defaults {
             num_kv_heads: Some(8),
             rms_norm_eps: 1e-5,
@@ -169,6 +173,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
             logits: ("final_logit_softcapping", Some(30.0)),
         }),
         window: Some(Window {
+            by_layer_types: true,
             width: Some(4096),
             switch: None,
             layers: Windowed::AllButEvery { key: None, period: 2 },
@@ -183,6 +188,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
         classes: &["Gemma3ForCausalLM"],
         softcaps: Some(Softcaps { attention: None, logits: ("final_logit_softcapping", None) }),
         window: Some(Window {
+            by_layer_types: true,
             width: Some(4096),
             switch: None,
             layers: Windowed::AllButEvery { key: Some("sliding_window_pattern"), period: 6 },

@@ -22,9 +22,11 @@ const MAX_SIZE: usize = 1 << 24;
 /// Largest L.
 const MAX_LAYERS: usize = 1 << 14;
 /// Largest E.
-const MAX_EXPERTS: usize = 1 << 16;
+const MAX_EXPERTS: usize = 1 << 10;
 /// Largest number of tokens in a window or a context.
 const MAX_TOKENS: usize = 1 << 31;
+/// Largest number of tensors: a hundred times those of the largest model published.
+const MAX_TENSORS: u128 = 1 << 21;
 /// Largest number of weights: ten times the largest model published.
 const MAX_PARAMETERS: u128 = 1 << 44;
 
@@ -228,6 +230,14 @@ impl Config {
                 .expected(format_args!("at most {MAX_PARAMETERS} weights"))
                 .found(format_args!("{total} weights")));
         }
+        // Each has a name of its own.
+        let tensors = l * (12 + 3 * e);
+        if tensors > MAX_TENSORS {
+            return Err(Error::new("config.json describes a model of impossibly many parts")
+                .at_path(place)
+                .expected(format_args!("at most {MAX_TENSORS} tensors"))
+                .found(format_args!("{tensors} tensors")));
+        }
         Ok(())
     }
 }
@@ -329,15 +339,14 @@ fn read_bias(keys: Keys<'_>, rule: Bias, key: &str) -> Result<bool> {
 }
 
 fn read_activation(keys: Keys<'_>, row: &Architecture) -> Result<Activation> {
+    let known = |name: &str| ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|(_, known)| *known);
     let named = |key: &str, name: &str| {
-        ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation).ok_or_else(
-            || {
-                let known: Vec<&str> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
-                keys.error("config.json names an activation that is not supported", key)
-                    .expected(format_args!("one of {}", known.join(", ")))
-                    .found(format_args!("{name:?}"))
-            },
-        )
+        known(name).ok_or_else(|| {
+            let known: Vec<&str> = ACTIVATIONS.iter().map(|(name, _)| *name).collect();
+            keys.error("config.json names an activation that is not supported", key)
+                .expected(format_args!("one of {}", known.join(", ")))
+                .found(format_args!("{name:?}"))
+        })
     };
     let key = row.activation_key;
     let activation = named(key, keys.text_or_null(key)?.unwrap_or(row.defaults.activation))?;
@@ -345,7 +354,7 @@ fn read_activation(keys: Keys<'_>, row: &Architecture) -> Result<Activation> {
     const USUAL: &str = "hidden_act";
     if key != USUAL
         && let Some(name) = keys.text_or_null(USUAL)?
-        && named(USUAL, name)? != activation
+        && known(name) != Some(activation)
     {
         return Err(keys
             .error("config.json contradicts itself about the activation", USUAL)
@@ -361,12 +370,24 @@ fn read_activation(keys: Keys<'_>, row: &Architecture) -> Result<Activation> {
 /// E and the experts per token, where the architecture has some.
 fn read_experts(keys: Keys<'_>, row: &Architecture) -> Result<Option<Experts>> {
     let Some(rule) = &row.experts else { return Ok(None) };
-    let read = |(key, default): (&str, usize)| Ok(keys.count(key, MAX_EXPERTS)?.unwrap_or(default));
-    let (count, per_token) = (read(rule.count)?, read(rule.per_token)?);
+    let (names, default) = rule.count;
+    let mut count = None;
+    for key in names {
+        let own = keys.count(key, MAX_EXPERTS)?;
+        if count.is_some() && own.is_some() && own != count {
+            return Err(keys
+                .error("config.json contradicts itself about the number of experts", key)
+                .expected(format_args!("the same number under {}, or one of them", names.join(" and ")))
+                .found(own.unwrap_or_default()));
+        }
+        count = count.or(own);
+    }
+    let count = count.unwrap_or(default);
+    let per_token = keys.count(rule.per_token.0, MAX_EXPERTS)?.unwrap_or(rule.per_token.1);
     if per_token > count {
         return Err(keys
             .error("config.json sends tokens to more experts than there are", rule.per_token.0)
-            .expected(format_args!("at most {}, {count}", rule.count.0))
+            .expected(format_args!("at most {}, {count}", names[0]))
             .found(per_token));
     }
     Ok(Some(Experts { count, per_token }))

@@ -38,7 +38,7 @@ impl Spec {
         self.blocks[layer].weights().into_iter().map(|weight| self.elements(weight)).sum()
     }
 
-    /// Parameters that a token meets: of experts those of as many as it goes to.
+    /// All parameters but those of experts that a token does not go to.
     pub fn num_active_parameters(&self) -> u64 {
         let ops = self.blocks.iter().flat_map(|block| block.ops.iter().map(move |op| (block, op)));
         let idle = ops.map(|(block, op)| match op {

@@ -32,6 +32,8 @@ pub(super) enum Corpus {
     },
     /// The demo's.
     Embedded(Embedded),
+    /// Not to be had: enough for a dry run that is about the model alone.
+    Unknown(PathBuf),
 }
 
 impl Corpus {
@@ -109,13 +111,14 @@ impl Corpus {
             Self::Local(path) => path,
             Self::Hub { repo, .. } => Path::new(repo.id()),
             Self::Embedded(demo) => Path::new(demo.corpus_name),
+            Self::Unknown(path) => path,
         }
     }
 
     /// Opens it. What is on the hub comes file by file, as far as texts are wanted.
     pub fn open(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<Texts> {
         match self {
-            Self::Local(_) => Texts::open(spec),
+            Self::Local(_) | Self::Unknown(_) => Texts::open(spec),
             Self::Embedded(demo) => Texts::from_bytes(demo.corpus_name, demo.corpus, spec),
             Self::Hub { repo, files, .. } => {
                 let (repo, fetcher) = (repo.clone(), fetcher.clone());
@@ -135,6 +138,9 @@ impl Corpus {
     /// Opens those of its first files that are here; `None` where not even the first one is.
     pub fn open_here(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<Option<Texts>> {
         let Self::Hub { repo, config, split, files } = self else {
+            if let Self::Unknown(_) = self {
+                return Ok(None);
+            }
             return self.open(spec, fetcher).map(Some);
         };
         let here = files.iter().take_while(|file| repo.missing(&[file]).0 == 0).cloned().collect::<Vec<_>>();
@@ -148,7 +154,7 @@ impl Corpus {
     /// Lets later runs without a network use this commit, now that all texts that were wanted have been read.
     pub fn settle(&self) -> Result<()> {
         match self {
-            Self::Local(_) | Self::Embedded(_) => Ok(()),
+            Self::Local(_) | Self::Embedded(_) | Self::Unknown(_) => Ok(()),
             Self::Hub { repo, .. } => repo.settle(),
         }
     }
@@ -160,6 +166,7 @@ impl Corpus {
             // What a pipe gave would be gone.
             Self::Local(path) if !path.is_file() && !path.is_dir() => return Texts::open(spec).map(drop),
             Self::Local(_) | Self::Embedded(_) => {}
+            Self::Unknown(_) => return Ok(()),
         }
         let texts = self.open_here(spec, fetcher)?;
         texts.and_then(|mut texts| texts.next()).transpose().map(drop)
@@ -169,7 +176,7 @@ impl Corpus {
     pub fn fetch_first(&self, spec: &TextSpec, fetcher: &Fetcher) -> Result<()> {
         match self {
             // Looked at by `check`; what a pipe gave would be gone.
-            Self::Local(_) | Self::Embedded(_) => Ok(()),
+            Self::Local(_) | Self::Embedded(_) | Self::Unknown(_) => Ok(()),
             Self::Hub { .. } => self.open(spec, fetcher)?.next().transpose().map(drop),
         }
     }
@@ -177,7 +184,7 @@ impl Corpus {
     /// How many files still have to come if all are wanted, and their bytes.
     pub fn missing(&self) -> (usize, u64) {
         match self {
-            Self::Local(_) | Self::Embedded(_) => (0, 0),
+            Self::Local(_) | Self::Embedded(_) | Self::Unknown(_) => (0, 0),
             Self::Hub { repo, files, .. } => repo.missing(files),
         }
     }
@@ -185,7 +192,7 @@ impl Corpus {
     /// Where its files are, of a dataset on the hub.
     pub fn place(&self) -> Option<PathBuf> {
         match self {
-            Self::Local(_) | Self::Embedded(_) => None,
+            Self::Local(_) | Self::Embedded(_) | Self::Unknown(_) => None,
             Self::Hub { repo, .. } => Some(repo.snapshot()),
         }
     }
@@ -193,7 +200,7 @@ impl Corpus {
     /// What it is exactly, where that is on the hub: config, split, commit.
     pub fn origin(&self) -> Option<(Option<&str>, &str, &str)> {
         match self {
-            Self::Local(_) | Self::Embedded(_) => None,
+            Self::Local(_) | Self::Embedded(_) | Self::Unknown(_) => None,
             Self::Hub { repo, config, split, .. } => Some((config.as_deref(), split, repo.commit())),
         }
     }

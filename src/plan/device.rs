@@ -2,10 +2,12 @@
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::device::MIN_COMPUTE_CAPABILITY;
+use crate::backend::cuda::moe::MAX_EXPERTS;
 use crate::backend::cuda::{self, CudaLower, CudaSpec, DeviceInfo, DeviceName, Format, ModuleSpec, Nvrtc};
 use crate::cli::{DtypeArg, MachineArgs};
 use crate::error::{Error, Result};
 use crate::model::Spec;
+use crate::model::op::Op;
 use crate::units::size;
 
 use super::machine::GIB;
@@ -136,9 +138,24 @@ impl Devices {
 
 /// What the kernels cannot hold.
 fn check_shapes(spec: &Spec, head_dim: usize) -> Result<()> {
-    let widths = spec.blocks.iter().flat_map(|block| &block.widths).copied();
-    let widest = widths.chain([spec.vocab_size]).max().unwrap_or(0);
-    let limits = [("head dimension", head_dim, 256), ("layer or vocabulary", widest, (1 << 24) - 1)];
+    let blocks = || spec.blocks.iter();
+    let widths = blocks().flat_map(|block| &block.widths).copied();
+    // q, k and v side by side, as attention reads them.
+    let packed = blocks().flat_map(|block| &block.ops).map(|op| match op {
+        Op::Attend { attention, .. } => (attention.heads + 2 * attention.kv_heads) * attention.head_dim,
+        _ => 0,
+    });
+    let experts = blocks().flat_map(|block| block.ops.iter().map(move |op| (block, op)));
+    let experts = experts.map(|(block, op)| match op {
+        Op::Route { logits, .. } => block.widths[logits.0],
+        _ => 0,
+    });
+    let widest = widths.chain(packed).chain([spec.vocab_size]).max().unwrap_or(0);
+    let limits = [
+        ("head dimension", head_dim, 256),
+        ("layer or vocabulary", widest, (1 << 24) - 1),
+        ("number of experts", experts.max().unwrap_or(0), MAX_EXPERTS),
+    ];
     match limits.into_iter().find(|(_, size, most)| size > most) {
         None => Ok(()),
         Some((what, size, most)) => Err(Error::new(format!("the CUDA kernels do not take this {what}"))
@@ -246,6 +263,29 @@ fn device_budget(gib: Option<f64>, free: u64, ordinal: usize) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Config, arch, describe};
+
+    #[test]
+    fn shapes_that_kernels_cannot_hold() {
+        let with_experts = arch::ARCHITECTURES.iter().find(|row| row.experts.is_some()).unwrap();
+        let check = |keys: &str| {
+            let text = format!(
+                r#"{{"model_type": "{}", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 9{keys}}}"#,
+                with_experts.model_type
+            );
+            let config = Config::from_json(&text, "config.json".as_ref()).unwrap();
+            check_shapes(&describe(&config), config.head_dim)
+        };
+        assert!(check(r#", "num_local_experts": 256"#).is_ok());
+        for (keys, says) in [
+            (r#", "num_local_experts": 257"#, "number of experts"),
+            (r#", "head_dim": 258"#, "head dimension"),
+        ] {
+            let error = check(keys).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("--device cpu"), "{error}");
+        }
+    }
 
     #[test]
     fn lists_of_devices() {

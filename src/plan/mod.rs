@@ -189,6 +189,7 @@ impl Plan {
             Some(demo) => ModelFiles::Embedded(demo),
             None => ModelFiles::find(&args.model, fetcher)?,
         };
+        let bare = args.dry_run && files.is_bare();
         let config = files.config()?;
         let spec = describe(&config);
         let mut layers = layers::parse(args.layers.as_deref(), config.num_layers)?;
@@ -205,7 +206,14 @@ impl Plan {
         }
         let corpus = match embedded {
             Some(demo) => Corpus::Embedded(demo),
-            None => Corpus::find(&args.texts, fetcher)?,
+            None => match Corpus::find(&args.texts, fetcher) {
+                // What a model takes follows from config.json alone.
+                Err(error) if bare => {
+                    warnings.push(format!("the texts are not known: {error}"));
+                    Corpus::Unknown(args.texts.dataset.clone().into())
+                }
+                found => found?,
+            },
         };
         let destination = |site: Site, several: bool| {
             let elsewhere = (site != Site::Mlp).then(|| site.name());
@@ -263,8 +271,6 @@ impl Plan {
         let sae = saes;
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
-        // What a model takes follows from config.json alone.
-        let bare = args.dry_run && files.is_bare();
         if bare {
             weight_bytes = 2 * spec.num_parameters();
         }

@@ -92,11 +92,11 @@ impl Plan {
         format!("{} ({}{commit})", self.model_name, self.config.model_type)
     }
 
-    /// How many, and of experts how many a token meets.
+    /// How many, and how many without the experts that a token does not go to.
     fn parameters(&self) -> String {
         let (all, active) = (self.spec.num_parameters(), self.spec.num_active_parameters());
         match active < all {
-            true => format!("{}, of which a token meets {}", thousands(all), thousands(active)),
+            true => format!("{}, of which {} are active for a token", thousands(all), thousands(active)),
             false => thousands(all),
         }
     }

@@ -116,7 +116,13 @@ impl Checkpoint {
         let mut lines: Vec<String> = problems
             .iter()
             .take(NAMED)
-            .map(|(spec, found)| format!("{}: expected {:?}, found {found}", spec.name, spec.shape))
+            .map(|(spec, found)| match &spec.elsewhere {
+                None => format!("{}: expected {:?}, found {found}", spec.name, spec.shape),
+                Some(elsewhere) => format!(
+                    "{} (or {}): expected {:?} (or {:?}), found {found}",
+                    spec.name, elsewhere.name, spec.shape, elsewhere.shape
+                ),
+            })
             .collect();
         if problems.len() > NAMED {
             lines.push(format!("and {} more", problems.len() - NAMED));
@@ -129,7 +135,10 @@ impl Checkpoint {
         .at_path(&self.place)
         .expected("float32, float16 or bfloat16 tensors of the names and shapes that config.json implies")
         .found(lines.join("\n"));
-        Err(match problems.iter().take(NAMED).find_map(|(spec, _)| self.other_prefix(&spec.name)) {
+        Err(match problems.iter().take(NAMED).find_map(|(spec, _)| {
+            let elsewhere = spec.elsewhere.as_ref().and_then(|elsewhere| self.other_prefix(&elsewhere.name));
+            self.other_prefix(&spec.name).or(elsewhere)
+        }) {
             Some(name) => error.hint(format_args!(
                 "the checkpoint has a tensor {}: its names have another prefix. Save it again from a causal \
                  language model: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",

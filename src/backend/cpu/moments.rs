@@ -61,6 +61,8 @@ impl<T: Element> Cpu<T> {
         into.count += samples.iter().map(|rows| rows.len() as u64).sum::<u64>();
         bad.map_or(Ok(()), |sample| Err(NonFinite(sample)))
     }
+
+    /// ‖x‖₂ of each row, in float64.
     pub(super) fn norms_of_rows(&self, x: &Buf<T>) -> Vec<f64> {
         /// Sums of a row that are added up side by side.
         const LANES: usize = 8;

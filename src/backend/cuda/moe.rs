@@ -13,7 +13,7 @@ const SEGMENT: usize = 128;
 /// Rows of an entry of [`Routing::experts`], `EXPERT_ROWS` in `kernels/common.cuh`.
 const EXPERT_ROWS: usize = 64;
 /// Most experts that the kernels choose from.
-const MAX_EXPERTS: usize = 256;
+pub const MAX_EXPERTS: usize = 256;
 
 /// Which rows are whose: R rows sorted by expert, inside an expert by token, each expert's from a multiple of 128 on.
 /// The device alone knows how many each has; R is enough for any number. A token's experts are in ascending order,

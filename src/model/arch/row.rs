@@ -41,7 +41,7 @@ impl Architecture {
         };
         let softcaps = softcaps.iter().flat_map(|caps| caps.attention.into_iter().chain([caps.logits]));
         let softcaps = softcaps.map(|(key, _)| key);
-        let experts = experts.iter().flat_map(|keys| [keys.count.0, keys.per_token.0]);
+        let experts = experts.iter().flat_map(|keys| keys.count.0.iter().copied().chain([keys.per_token.0]));
         let others = [attention_scalar.map(|(key, _)| key), local_rope.map(|(key, _)| key), period];
         others.into_iter().flatten().chain(softcaps).chain(experts).any(|read| read == key)
     }
@@ -80,9 +80,11 @@ pub struct Softcaps {
 
 /// How the attention windows of the layers follow from `config.json`.
 ///
-/// `layer_types` decides layer by layer where the file has it. `sliding_window: null` means no window.
+/// `sliding_window: null` means no window.
 #[derive(Debug)]
 pub struct Window {
+    /// Whether `layer_types` decides layer by layer where the file has it; else it must say the same.
+    pub by_layer_types: bool,
     /// Width in tokens when `sliding_window` is absent; `None`: no window then.
     pub width: Option<usize>,
     /// Boolean key without which there is no window at all; absent means off.
@@ -110,8 +112,8 @@ pub enum Windowed {
 /// Keys of the experts' numbers, and their defaults.
 #[derive(Debug)]
 pub struct ExpertKeys {
-    /// E.
-    pub count: (&'static str, usize),
+    /// E; any of the names.
+    pub count: (&'static [&'static str], usize),
     /// Experts that each token goes to.
     pub per_token: (&'static str, usize),
 }

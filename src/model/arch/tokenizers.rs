@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn tokenizer_classes_are_those_of_autotokenizer() {
-        // tokenizer_class, model_type, "ByteLevel" in tokenizer.json, own code: what transformers 5.23 builds.
+        // tokenizer_class, model_type, "ByteLevel" in tokenizer.json, own code: what transformers 5.24 builds.
         for (class, model_type, byte_level, own_code, expected) in [
             (Some("LlamaTokenizer"), Some("llama"), false, false, Some("LlamaTokenizer")),
             (Some("LlamaTokenizerFast"), Some("llama"), false, false, Some("LlamaTokenizer")),

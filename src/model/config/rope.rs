@@ -50,6 +50,16 @@ pub(super) fn read(file: Keys<'_>, row: &Architecture, max_position: usize) -> R
                 };
                 (of(OF_LAYERS[0], theta)?, Some(of(OF_LAYERS[1], local)?))
             }
+            // transformers takes yesterday's object for layers without a window, and does not look at today's.
+            Some(_) if key == "rope_parameters" => {
+                return Err(file
+                    .error("config.json does not say which layers its rotary embedding is for", key)
+                    .expected("an object for full_attention and one for sliding_attention")
+                    .found("one object for all layers")
+                    .hint(
+                        "transformers ignores it for this architecture; name the layers, or delete the key",
+                    ));
+            }
             _ => (read_object(file, object, theta, max_position)?, local.map(plain)),
         });
     }

@@ -22,9 +22,12 @@ pub(super) fn read(keys: Keys<'_>, row: &Architecture, num_layers: usize) -> Res
     {
         width = None;
     }
-    let windows: Vec<Option<usize>> = match keys.texts("layer_types")? {
-        Some(types) => layer_types(keys, &types, num_layers, width)?,
-        None => {
+    let listed = keys.texts("layer_types")?;
+    let has_list = listed.is_some();
+    let listed = listed.map(|types| layer_types(keys, &types, num_layers, width)).transpose()?;
+    let windows: Vec<Option<usize>> = match &listed {
+        Some(windows) if rule.by_layer_types => windows.clone(),
+        _ => {
             let has = |layer: usize| -> Result<bool> {
                 Ok(match rule.layers {
                     Windowed::All => true,
@@ -39,6 +42,19 @@ pub(super) fn read(keys: Keys<'_>, row: &Architecture, num_layers: usize) -> Res
             (0..num_layers).map(window).collect::<Result<_>>()?
         }
     };
+    if listed.is_some_and(|listed| listed != windows) {
+        return Err(keys
+            .error("config.json contradicts itself about sliding windows", "layer_types")
+            .expected("what sliding_window means for all layers of this architecture")
+            .found("other layers with a window")
+            .hint("transformers does not read the key here; delete it"));
+    }
+    if matches!(rule.layers, Windowed::AllButEvery { .. }) && width.is_none() && !has_list {
+        return Err(keys
+            .error("config.json has layers with a sliding window, but there is no window", "sliding_window")
+            .expected("a number of tokens, or layer_types of full_attention alone")
+            .found("null"));
+    }
     if rule.switch.is_none() {
         check_unread_switch(keys, windows.iter().any(Option::is_some))?;
     }
