@@ -104,7 +104,8 @@ fn a_plan_counts_what_a_run_takes() {
         let golden = load(name, "corpus.jsonl", MAX_LENGTH, 40, 1);
         for format in [Format::Bf16, Format::F32] {
             let lower = CudaLower { format, fuse: true };
-            for asked in asked(&golden) {
+            // float32 converts nothing: half as many will do.
+            for asked in asked(&golden).into_iter().step_by(format.pick(2, 1)) {
                 let budgets: &[u64] = if asked.gradients { &[1 << 40, 0] } else { &[0] };
                 budgets.iter().for_each(|&budget| check(&golden, name, lower, &asked, budget, 40));
             }
@@ -141,7 +142,7 @@ fn padded_rows_of_a_large_mixture() {
     // At the experts on the way back: gate and up, their gradients, those of what goes in and comes out.
     let wanted = rows * 2 * (2 * 2 * 14_336 + 2 * 4096);
     let work = planned(&golden, lower, &asked, 0, 1).workspace_bytes;
-    let tokens = planned(&golden, lower, &asked, 0, 8192).workspace_bytes;
+    let tokens = planned(&golden, lower, &asked, 1 << 40, 8192).workspace_bytes;
     println!("{kept} kept, {work} for one token, {tokens} for 8192");
     assert!((wanted..wanted + (16 << 20)).contains(&work), "{work} bytes of work on next to nothing");
 }
