@@ -27,7 +27,7 @@ pub struct Cli {
 /// The jobs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Per-dimension statistics of every layer's MLP output, or of the loss gradient there
+    /// Per-dimension statistics of every layer's MLP output or other places (--site), or of the loss gradient there
     Layer(Box<LayerArgs>),
     /// The same for the features of sparse autoencoders (SAEs)
     Sae(Box<SaeArgs>),
@@ -282,11 +282,11 @@ pub struct TextArgs {
 #[command(rename_all = "snake_case")]
 pub struct PolicyArgs {
     /// Count every N-th position of each sample, from position 0 on
-    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Tokens")]
+    #[arg(long, default_value_t = 1, value_name = "N", allow_hyphen_values = true, help_heading = "Tokens")]
     pub position_stride: usize,
 
     /// Leave out the first N positions of each sample
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Tokens")]
+    #[arg(long, default_value_t = 0, value_name = "N", allow_hyphen_values = true, help_heading = "Tokens")]
     pub skip_first: usize,
 
     /// Leave out the token that starts texts (BOS) wherever it stands, or all special tokens of the tokenizer

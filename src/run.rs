@@ -179,10 +179,7 @@ fn analyse(plan: &Plan, log: &Log, interrupt: &Interrupt, done: &mut Done) -> Re
     if let Some((timing, _)) = records.last() {
         log.out(&output::timing::summary(timing));
     }
-    for (_, target) in targets {
-        target.finish(log)?;
-    }
-    Ok(())
+    Target::finish_all(targets.into_iter().map(|(_, target)| target).collect(), log).map(drop)
 }
 
 /// Prints the plan and what the dataset holds.

@@ -1,9 +1,11 @@
 //! The built program in a fresh folder, as a user meets it. One file per question:
 //!
 //! * `help`: what the program says about itself and about a plan
+//! * `bare`: a dry run of config.json alone
 //! * `doctor`: what it finds, and what stands in the way of a job
 //! * `results`: which files a run writes and what is in them
 //! * `sae`: runs over SAE features, and what they write
+//! * `sites`: several places in each block
 //! * `policy`: which tokens count
 //! * `same_bytes`: what must not change a result, and what must
 //! * `screen`: what is printed, and what is kept for the file alone
@@ -19,6 +21,8 @@ mod bad_model;
 mod bad_sae;
 #[path = "cli/bad_texts.rs"]
 mod bad_texts;
+#[path = "cli/bare.rs"]
+mod bare;
 #[path = "cli/dir.rs"]
 mod dir;
 #[path = "cli/doctor.rs"]
@@ -40,3 +44,5 @@ mod sae;
 mod same_bytes;
 #[path = "cli/screen.rs"]
 mod screen;
+#[path = "cli/sites.rs"]
+mod sites;

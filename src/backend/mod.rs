@@ -264,7 +264,7 @@ pub trait Backend: Lower {
 
     /// See [`crate::model::op::Op::Route`]; logits `[N, E]` → `[N, k]`.
     fn route(&self, logits: &Self::Buf, top_k: usize) -> Result<(Self::Buf, Self::Routes)>;
-    /// dlogits[n, e] += sⱼ·(dsⱼ − Σᵢ sᵢ·dsᵢ) where e is n's j-th expert. `experts`: E.
+    /// `dlogits[n, e] += sⱼ·(dsⱼ − Σᵢ sᵢ·dsᵢ)` where e is n's j-th expert. `experts`: E.
     fn route_backward(
         &self,
         scores: &Self::Buf,
@@ -276,7 +276,7 @@ pub trait Backend: Lower {
 
     /// See [`crate::model::op::Op::Dispatch`].
     fn dispatch(&self, x: &Self::Buf, routes: &Self::Routes) -> Result<Self::Buf>;
-    /// dx[n] += the sum of the rows of dy that are token n's, in the order of their experts.
+    /// `dx[n]` += the sum of the rows of dy that are token n's, in the order of their experts.
     fn dispatch_backward(
         &self,
         dy: &Self::Buf,
@@ -303,7 +303,7 @@ pub trait Backend: Lower {
 
     /// See [`crate::model::op::Op::Combine`].
     fn combine(&self, x: &Self::Buf, scores: &Self::Buf, routes: &Self::Routes) -> Result<Self::Buf>;
-    /// dx[row of (n, j)] += scores[n, j]·dout[n], dscores[n, j] += ⟨x[row of (n, j)], dout[n]⟩.
+    /// `dx[row of (n, j)] += scores[n, j]·dout[n]`, `dscores[n, j] += ⟨x[row of (n, j)], dout[n]⟩`.
     fn combine_backward(
         &self,
         x: &Self::Buf,

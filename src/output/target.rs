@@ -137,6 +137,28 @@ impl Target {
         }
     }
 
+    /// Puts several destinations in place. Where one cannot be, those before it are taken back.
+    ///
+    /// # Errors
+    /// As [`Target::finish`].
+    pub fn finish_all(targets: Vec<Self>, log: &Log) -> Result<Vec<Delivered>> {
+        let mut delivered: Vec<Delivered> = Vec::new();
+        for target in targets {
+            match target.finish(log) {
+                Ok(own) => delivered.push(own),
+                Err(error) => {
+                    for Delivered { folder, consolidated } in &delivered {
+                        // The error says what failed; that something may stay is less than that.
+                        let _ = folder.as_ref().map(fs::remove_dir_all);
+                        let _ = consolidated.as_ref().map(fs::remove_file);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(delivered)
+    }
+
     /// Puts everything under its final name and says where. `runtime_output.txt` is written here, because it holds
     /// these last lines too.
     ///

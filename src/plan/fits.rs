@@ -22,7 +22,8 @@ pub(super) fn fits(demand: &Demand<'_>) -> Vec<(u64, Memory)> {
     DEVICES.into_iter().map(on).collect()
 }
 
-/// `24 GB: 10 of 32 layers stay, the others come for each pass of 32,768 tokens`.
+/// `24 GB, bfloat16: 10 of 32 layers stay, the others come for each pass of 32,768 tokens`.
+/// `layers`: those that the run visits.
 pub(super) fn shown(fits: &[(u64, Memory)], layers: usize) -> Vec<String> {
     let one = |(gb, memory): &(u64, Memory)| {
         let tokens = thousands(memory.tokens_per_pass as u64);
@@ -36,7 +37,7 @@ pub(super) fn shown(fits: &[(u64, Memory)], layers: usize) -> Vec<String> {
                 )
             }
         };
-        format!("{gb} GB: {how}")
+        format!("{gb} GB, bfloat16: {how}")
     };
     fits.iter().map(one).collect()
 }

@@ -266,6 +266,8 @@ impl Plan {
         };
         if let Some(saes) = &saes {
             sites = vec![saes.site];
+            // The folder has another name than was thought.
+            drop(Target::prepare(&destination(saes.site, false).1)?);
         }
         let outputs: Vec<_> = sites.iter().map(|&site| destination(site, sites.len() > 1)).collect();
         let sae = saes;

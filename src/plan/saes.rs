@@ -372,6 +372,9 @@ fn check(sae: &Sae, layer: usize, flag: Option<Site>, model: &Config) -> Result<
     let hook = sae.about.hook.as_deref();
     let named = hook.and_then(sites::named);
     let site = flag.or_else(|| named.and_then(|(place, _)| place.site(model)));
+    if let (None, Some(hook)) = (site, hook) {
+        return Err(sites::unseen(hook, &place));
+    }
     let width = site.and_then(|site| sites::width(site, model)).unwrap_or(model.hidden_size);
     if sae.weights.width() != width {
         return Err(Error::new("the SAE is not of this model: its width differs")
@@ -384,7 +387,12 @@ fn check(sae: &Sae, layer: usize, flag: Option<Site>, model: &Config) -> Result<
                 Some(name) => format!("width {}, trained on {name}", sae.weights.width()),
                 None => format!("width {}", sae.weights.width()),
             })
-            .hint("--model_name must be the model that the SAEs were trained on, or a finetune of it"));
+            .hint(match flag {
+                Some(site) => format!("is it an SAE of {}, as --site says, and of this model?", site.name()),
+                None => {
+                    "--model_name must be the model that the SAEs were trained on, or a finetune of it".into()
+                }
+            }));
     }
     let own = named.map(|(_, layer)| layer).or(sae.about.layer);
     if let Some(own) = own.filter(|own| *own != layer) {
@@ -397,10 +405,9 @@ fn check(sae: &Sae, layer: usize, flag: Option<Site>, model: &Config) -> Result<
             })
             .hint("check the path, and where {layer} stands in --sae"));
     }
-    match (site, hook) {
-        (Some(site), _) => Ok(site),
-        (None, Some(hook)) => Err(sites::unseen(hook, &place)),
-        (None, None) => Err(Error::new("the SAE's files do not say which place in the model it belongs to")
+    match site {
+        Some(site) => Ok(site),
+        None => Err(Error::new("the SAE's files do not say which place in the model it belongs to")
             .at(place)
             .expected("a hook point such as mlp_out_layer_3, layers.3.mlp or blocks.3.hook_mlp_out")
             .found("none")

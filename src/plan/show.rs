@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Devices, Plan, fits};
-use crate::model::{Config, RopeScaling};
+use crate::model::{Config, Rope, RopeScaling};
 use crate::stats::Quantity;
 use crate::units::{size, thousands};
 
@@ -11,11 +11,9 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let c = &self.config;
         let mut row = |name: &str, text: String| writeln!(f, "{name:<13}{text}");
-        let commit =
-            self.files.commit().map_or(String::new(), |commit| format!(", commit {}", &commit[..12]));
-        row("model", format!("{} ({}{commit})", self.model_name, c.model_type))?;
+        row("model", self.model())?;
         row("parameters", self.parameters())?;
-        row("layer", fits::layers(&self.spec))?;
+        row("a layer", fits::layers(&self.spec))?;
         row("weights", self.weights())?;
         row(
             "shape",
@@ -72,7 +70,7 @@ impl fmt::Display for Plan {
             ),
         )?;
         row("work", self.work())?;
-        for (index, line) in fits::shown(&self.fits, self.spec.blocks.len()).into_iter().enumerate() {
+        for (index, line) in fits::shown(&self.fits, self.visited_layers()).into_iter().enumerate() {
             row(if index == 0 { "would fit" } else { "" }, line)?;
         }
         row("output", self.destination())
@@ -221,9 +219,14 @@ impl Plan {
         }
     }
 
+    /// Layers whose weights are used at all.
+    fn visited_layers(&self) -> usize {
+        self.engine.visited_layers(self.spec.blocks.len())
+    }
+
     /// Weights on a device that has memory of its own.
     fn weights_there(&self) -> String {
-        let (resident, all) = (self.memory.resident_layers, self.spec.blocks.len());
+        let (resident, all) = (self.memory.resident_layers, self.visited_layers());
         match self.memory.weight_bytes {
             0 => String::new(),
             bytes if resident >= all => format!("weights {}, ", size(bytes)),
@@ -268,12 +271,20 @@ fn attention(c: &Config) -> String {
         Some(w) if windowed == c.num_layers => format!("causal in a window of {w}"),
         Some(w) => format!("causal, in a window of {w} in {windowed} layers"),
     };
-    let scaling = match c.rope.scaling {
-        RopeScaling::None => String::new(),
-        RopeScaling::Linear { factor } => format!(", scaled linearly by {factor}"),
-        RopeScaling::Llama3 { factor, .. } => format!(", low frequencies scaled by {factor}"),
+    let base = |rope: &Rope| {
+        let scaling = match rope.scaling {
+            RopeScaling::None => String::new(),
+            RopeScaling::Linear { factor } => format!(", scaled linearly by {factor}"),
+            RopeScaling::Llama3 { factor, .. } => format!(", low frequencies scaled by {factor}"),
+        };
+        format!("{}{scaling}", rope.theta)
     };
-    format!("{window}; rotary base {}{scaling}", c.rope.theta)
+    let local = c.local_rope.as_ref().map(|rope| format!("; {} in layers with a window", base(rope)));
+    let caps = [("scores", c.attention_softcap), ("logits", c.logit_softcap)];
+    let caps = caps.into_iter().filter_map(|(what, cap)| Some(format!("; {what} capped at {}", cap?)));
+    let norms = c.names.q_norm.map(|_| "; heads of queries and keys are normed".to_owned());
+    let rest: String = local.into_iter().chain(norms).chain(caps).collect();
+    format!("{window}; rotary base {}{rest}", base(&c.rope))
 }
 
 /// `0-3,8`.

@@ -97,9 +97,10 @@ pub(super) fn parse(flag: Option<&str>, spec: &Spec) -> Result<Vec<Site>> {
     let site = |name: &str| {
         Site::named(name).ok_or_else(|| {
             Error::usage("there is no such site")
-                .at("--site")
+                .at(format!("--site {flag}"))
                 .expected(format!("one of {}", names()))
-                .found(name)
+                .found(format!("{name:?}"))
+                .hint("several as a comma list: --site mlp,resid_post")
         })
     };
     let mut sites = flag.split(',').map(str::trim).map(site).collect::<Result<Vec<Site>>>()?;

@@ -69,7 +69,7 @@ pub(super) fn sink_warning(layers: &[(usize, &LayerMoments)], direction: Directi
     };
     Some(format!(
         "attention sink: in layer {layer} position 0 holds {:.1}% of the sum of |v| with {:.1}% of the tokens{others}; \
-         its mean and mean_abs say more about one position of each sample than about the rest",
+         its mean and mean_abs say more about one position of each sample than about the rest; --skip_first 1 leaves it out",
         100.0 * share,
         100.0 * of_tokens
     ))

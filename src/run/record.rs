@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::closing::Table;
 use super::results::{Results, Summed};
-use super::{counting, features};
+use super::{closing, counting, features};
 use crate::backend::Moments;
 use crate::engine::Totals;
 use crate::model::op::Site;
@@ -13,7 +13,7 @@ use crate::output::report::LayerSummary;
 use crate::output::{Log, RunRecord, Timing};
 use crate::plan::Plan;
 use crate::source::SourceCounts;
-use crate::stats::{Quantity, TokenPolicy};
+use crate::stats::{Quantity, TokenPolicy, position_0_share};
 use crate::transform;
 
 /// Everything the files of `site` hold, and the tables for the screen.
@@ -37,7 +37,7 @@ pub(super) fn record<'a>(
         let (mean, mean_abs) = (over(&moments.sum, moments), over(&moments.sum_abs, moments));
         let rendering = transform::render(&plan.transform, layer, &mean, &mean_abs);
         let ranked = rendering.arrays.last().map_or(&[][..], |array| &array.values);
-        let share = position_0_share(&summed);
+        let share = summed.at_0.and_then(|at_0| position_0_share(at_0, moments));
         let (count, max_abs) = (moments.count, &moments.max_abs);
         let row = LayerSummary::new(layer, count, &mean, &mean_abs, max_abs, share, ranked, 5);
         match tables.iter_mut().find(|table| table.quantity == quantity) {
@@ -46,7 +46,8 @@ pub(super) fn record<'a>(
         }
         if quantity == plan.quantity {
             shares.extend(share.map(|share| (format!("layer_{layer}"), share.into())));
-            rendering.warnings.iter().for_each(|warning| log.warn(warning));
+            let warn = |warning: &String| log.warn(&closing::at_site(plan, site, warning));
+            rendering.warnings.iter().for_each(warn);
             rendered.extend(rendering.arrays);
         }
         statistics.extend(named(site.name(), summed));
@@ -95,12 +96,6 @@ fn title(plan: &Plan, site: Site, quantity: Quantity) -> String {
 /// Means of sums over tokens.
 fn over(sums: &[f64], moments: &Moments) -> Vec<f64> {
     sums.iter().map(|sum| sum / moments.count as f64).collect()
-}
-
-/// Which part of Σ|v| position 0 holds, where that is known.
-fn position_0_share(summed: &Summed<'_>) -> Option<f64> {
-    let [part, whole] = [summed.at_0?, summed.moments].map(|moments| moments.sum_abs.iter().sum::<f64>());
-    Some(if whole == 0.0 { 0.0 } else { part / whole })
 }
 
 /// The arrays of `statistics.npz`.

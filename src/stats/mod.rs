@@ -5,7 +5,7 @@ mod norms;
 mod policy;
 mod sae;
 
-pub use moments::{LayerMoments, MomentSink, SiteMoments};
+pub use moments::{LayerMoments, MomentSink, SiteMoments, position_0_share};
 pub use norms::NormSink;
 pub use policy::{NormRule, SkipSpecial, Skipped, TokenPolicy};
 pub use sae::{Example, LayerFeatures, SaeSink, SaeSpec};

@@ -64,13 +64,17 @@ impl LayerMoments {
         }
     }
 
-    /// Which part of Σ|v|, over all dimensions and counted tokens, position 0 holds. Many models dump what they have
-    /// no use for on the first token: then one position per sample decides the mean.
+    /// [`position_0_share`] of one direction, where position 0 was counted.
     pub fn position_0_share(&self, direction: Direction) -> Option<f64> {
-        let part = self.at_0(direction)?.sum_abs.iter().sum::<f64>();
-        let whole = self.get(direction)?.sum_abs.iter().sum::<f64>();
-        Some(if whole == 0.0 { 0.0 } else { part / whole })
+        position_0_share(self.at_0(direction)?, self.get(direction)?)
     }
+}
+
+/// Which part of Σ|v|, over all dimensions and counted tokens, position 0 holds; `None` where it was not counted. Many
+/// models dump what they have no use for on the first token: then one position per sample decides the mean.
+pub fn position_0_share(at_0: &Moments, all: &Moments) -> Option<f64> {
+    let [part, whole] = [at_0, all].map(|moments| moments.sum_abs.iter().sum::<f64>());
+    (at_0.count > 0).then(|| if whole == 0.0 { 0.0 } else { part / whole })
 }
 
 /// Sums by layer and site.

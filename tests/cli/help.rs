@@ -7,11 +7,11 @@ const FLAGS: &str = "--model_name --num_samples --batch_size --max_length --save
     --aggregate_by --aggregation_mode --power --normalize_gradients --normalize_mode --save_consolidated \
     --dataset --text_column --min_chars --loss_reduction --output_dir --dry_run --dtype --threads \
     --tokens_per_pass --memory --quiet --revision --dataset_config --dataset_split --dataset_revision \
-    --position_stride --skip_first --skip_special --max_norm_ratio";
+    --site --position_stride --skip_first --skip_special --max_norm_ratio";
 
 /// Flags of `sae` alone.
 const SAE_FLAGS: &str =
-    "--sae --sae_revision --site --sae_gradient --sae_splice --sae_norm_scale --llamascope_convention";
+    "--sae --sae_revision --sae_gradient --sae_splice --sae_norm_scale --llamascope_convention";
 
 #[test]
 fn help_names_the_commands() {
@@ -75,8 +75,8 @@ fn no_command_shows_the_usage() {
 }
 
 /// The text of the row that `name` begins.
-fn row<'a>(stdout: &'a str, name: &str) -> &'a str {
-    let line = stdout.lines().find(|line| line.split_whitespace().next() == Some(name));
+pub fn row<'a>(stdout: &'a str, name: &str) -> &'a str {
+    let line = stdout.lines().find(|line| line.get(..13).is_some_and(|start| start.trim() == name));
     line.unwrap_or_else(|| panic!("no row {name} in\n{stdout}"))[name.len()..].trim()
 }
 
