@@ -155,13 +155,9 @@ fn goldens_in_bfloat16() {
                 quantity[0] += error.powi(2);
                 quantity[1] += theirs[array].powi(2);
             }
-            // What is exact there, as embeddings are, is so here but for the sums over tokens.
+            // What is exact there, as embeddings are, is so here but for float32 sums over tokens.
             let exact = errors.iter().filter(|(array, _)| theirs[*array] == 0.0);
-            assert!(
-                exact.clone().all(|(_, error)| *error < 1e-12),
-                "{name}: {:?}",
-                exact.collect::<Vec<_>>()
-            );
+            assert!(exact.clone().all(|(_, error)| *error < 1e-7), "{name}: {:?}", exact.collect::<Vec<_>>());
             let rounded = errors.iter().filter(|(array, _)| theirs[*array] != 0.0);
             let ratios: Vec<f64> = rounded.map(|(array, error)| error / theirs[array]).collect();
             let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
