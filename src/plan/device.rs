@@ -236,10 +236,14 @@ fn usable(machine: &MachineArgs, warnings: &mut Vec<String>) -> Result<Option<us
     }
 }
 
+/// Bytes of a device that models may use: the driver, its contexts and the compiled kernels take some besides.
+pub(super) fn usable_bytes(free: u64) -> u64 {
+    free - free / 16
+}
+
 /// Bytes of a device that may be used: as given, or what is free, less a reserve.
 fn device_budget(gib: Option<f64>, free: u64, ordinal: usize) -> Result<u64> {
-    // What the driver, its contexts and the compiled kernels take besides.
-    let most = free - free / 16;
+    let most = usable_bytes(free);
     let Some(gib) = gib else { return Ok(most) };
     let wrong = |what: &str| {
         Error::usage(what)

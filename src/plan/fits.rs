@@ -1,11 +1,12 @@
 //! Where a model would fit, said by `--dry_run` wherever it runs.
 
+use super::device::usable_bytes;
 use super::machine::GIB;
 use super::memory::{self, Demand, Memory};
 use super::show::ranges;
 use crate::backend::cuda::{CudaLower, Format};
 use crate::model::Spec;
-use crate::units::thousands;
+use crate::units::{size, thousands};
 
 /// Sizes of common devices, in GB as they are sold: near enough GiB.
 const DEVICES: [u64; 3] = [24, 80, 141];
@@ -14,9 +15,7 @@ const DEVICES: [u64; 3] = [24, 80, 141];
 pub(super) fn fits(demand: &Demand<'_>) -> Vec<(u64, Memory)> {
     let lower = CudaLower { format: Format::Bf16, fuse: true };
     let on = |gb: u64| {
-        let bytes = (gb as f64 * GIB) as u64;
-        // What the driver, its contexts and the compiled kernels take besides.
-        let budget_bytes = bytes - bytes / 16;
+        let budget_bytes = usable_bytes((gb as f64 * GIB) as u64);
         (gb, memory::plan(&lower, &Demand { budget_bytes, slow_weights: false, ..demand.clone() }))
     };
     DEVICES.into_iter().map(on).collect()
@@ -54,11 +53,7 @@ pub(super) fn layers(spec: &Spec) -> String {
     }
     let one = |(parameters, layers): &(u64, Vec<usize>)| {
         let of = if kinds.len() == 1 { String::new() } else { format!(" (layers {})", ranges(layers)) };
-        format!(
-            "{} parameters, {} in bfloat16{of}",
-            thousands(*parameters),
-            crate::units::size(2 * parameters)
-        )
+        format!("{} parameters, {} in bfloat16{of}", thousands(*parameters), size(2 * parameters))
     };
     kinds.iter().map(one).collect::<Vec<_>>().join("; ")
 }

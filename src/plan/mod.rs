@@ -259,18 +259,17 @@ impl Plan {
         } else if !to_come {
             files.fetch_weights(fetcher)?;
         }
-        let saes = match (sae, embedded, choice) {
+        let sae = match (sae, embedded, choice) {
             (Some(sae), Some(demo), _) => Some(SaePlan::embedded(sae, demo, &config)?),
             (_, _, Some((sae, choice))) => Some(choice.open(sae, &config, fetcher)?),
             _ => None,
         };
-        if let Some(saes) = &saes {
-            sites = vec![saes.site];
+        if let Some(sae) = &sae {
+            sites = vec![sae.site];
             // The folder has another name than was thought.
-            drop(Target::prepare(&destination(saes.site, false).1)?);
+            drop(Target::prepare(&destination(sae.site, false).1)?);
         }
         let outputs: Vec<_> = sites.iter().map(|&site| destination(site, sites.len() > 1)).collect();
-        let sae = saes;
         let mut tensors = Vec::new();
         let mut weight_bytes = files.listed_weight_bytes();
         if bare {
